@@ -1,0 +1,94 @@
+"""Cross entropy per position, chunked over the vocabulary."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+"""Label of a position that is not predicted."""
+
+
+def cross_entropy(
+    hidden: Float[Tensor, "tokens embed_dim"],
+    weight: Float[Tensor, "vocab embed_dim"],
+    labels: Int[Tensor, " tokens"],
+    *,
+    chunk_size: int = 8192,
+) -> Float[Tensor, " tokens"]:
+    """Compute the loss of each position without holding all logits.
+
+    Logits are `hidden @ weight.T`, in float32 whatever the inputs are. With more than `chunk_size`
+    vocabulary entries the logits of one chunk are held at a time, and backward computes them again.
+
+    Args:
+        hidden: Last hidden states.
+        weight: Output embedding.
+        labels: Index of the true entry, or `IGNORED`.
+        chunk_size: Vocabulary entries per chunk.
+
+    Returns:
+        Negative log likelihood in nats; 0 where the label is `IGNORED`.
+
+    Raises:
+        ValueError: If `chunk_size` is below 1.
+    """
+    if chunk_size < 1:
+        msg = f"chunk_size must be at least 1, got {chunk_size}. Raise chunk_size."
+        raise ValueError(msg)
+    if weight.shape[0] <= chunk_size:
+        logits = (hidden @ weight.to(hidden.dtype).T).float()
+        return torch.nn.functional.cross_entropy(
+            logits, labels, ignore_index=IGNORED, reduction="none"
+        )
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, labels, chunk_size
+    )
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int
+    ) -> Tensor:
+        logsumexp = hidden.new_full(labels.shape, -torch.inf, dtype=torch.float32)
+        label_logit = torch.zeros_like(logsumexp)
+        for start in range(0, weight.shape[0], chunk_size):
+            logits = _logits(hidden, weight[start : start + chunk_size])
+            logsumexp = torch.logaddexp(logsumexp, torch.logsumexp(logits, dim=-1))
+            inside, local = _labels_inside(labels, start, logits.shape[1])
+            label_logit += logits.gather(1, local[:, None]).squeeze(1) * inside
+        ctx.save_for_backward(hidden, weight, labels, logsumexp)
+        ctx.chunk_size = chunk_size
+        return (logsumexp - label_logit) * (labels != IGNORED)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, logsumexp = ctx.saved_tensors
+        chunk_size: int = ctx.chunk_size
+        grad_row = (grad_loss * (labels != IGNORED))[:, None]
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight)
+        for start in range(0, weight.shape[0], chunk_size):
+            chunk = weight[start : start + chunk_size]
+            grad_logits = torch.exp(_logits(hidden, chunk) - logsumexp[:, None])
+            inside, local = _labels_inside(labels, start, chunk.shape[0])
+            grad_logits.scatter_add_(1, local[:, None], -inside.float()[:, None])
+            grad_logits *= grad_row
+            grad_hidden += grad_logits @ chunk.float()
+            grad_weight[start : start + chunk_size] = grad_logits.T @ hidden.float()
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return (hidden @ weight.to(hidden.dtype).T).float()
+
+
+def _labels_inside(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    local = labels - start
+    inside = (local >= 0) & (local < size)
+    return inside, local.clamp(0, size - 1)

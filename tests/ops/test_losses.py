@@ -1,0 +1,78 @@
+import math
+
+import pytest
+import torch
+
+from byheart.ops import reference
+from byheart.ops.losses import IGNORED, cross_entropy
+
+TOKENS, EMBED_DIM, VOCAB = 7, 5, 23
+
+
+def make_inputs():
+    hidden = torch.randn(TOKENS, EMBED_DIM, requires_grad=True)
+    weight = torch.randn(VOCAB, EMBED_DIM, requires_grad=True)
+    # the ends of the vocabulary, the ends of chunks of 6, and an ignored position
+    labels = torch.tensor([0, VOCAB - 1, 5, 6, 17, IGNORED, 18])
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("chunk_size", [1, 6, VOCAB - 1, VOCAB, 8192])
+def test_cross_entropy_equals_its_twin(chunk_size):
+    hidden, weight, labels = make_inputs()
+    fast = cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
+    slow = reference.cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(fast, slow)
+    weights = torch.randn_like(slow)
+    gradients = [torch.autograd.grad(side, (hidden, weight), weights) for side in (fast, slow)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_equal_logits_cost_the_logarithm_of_the_vocabulary():
+    losses = cross_entropy(torch.zeros(2, 3), torch.ones(VOCAB, 3), torch.tensor([1, 20]))
+    torch.testing.assert_close(losses, torch.full((2,), math.log(VOCAB)))
+
+
+@pytest.mark.parametrize("chunk_size", [6, 8192])
+def test_ignored_position_has_no_loss_and_no_gradient(chunk_size):
+    hidden, weight, labels = make_inputs()
+    losses = cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
+    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
+    assert [loss == 0 for loss in losses.tolist()] == [label == IGNORED for label in labels]
+    assert (gradient[labels == IGNORED] == 0).all()
+
+
+@pytest.mark.parametrize("chunk_size", [6, 8192])
+def test_all_positions_ignored_gives_zeros(chunk_size):
+    hidden, weight, labels = make_inputs()
+    losses = cross_entropy(hidden, weight, labels.fill_(IGNORED), chunk_size=chunk_size)
+    assert (losses == 0).all()
+    for gradient in torch.autograd.grad(losses.sum(), (hidden, weight)):
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("chunk_size", [6, 8192])
+def test_huge_logits_do_not_overflow(chunk_size):
+    hidden, weight, labels = make_inputs()
+    losses = cross_entropy(1e4 * hidden, weight, labels, chunk_size=chunk_size)
+    assert losses.isfinite().all()
+    assert torch.autograd.grad(losses.sum(), hidden)[0].isfinite().all()
+
+
+def test_half_precision_hidden_states_give_float32_losses():
+    hidden, weight, labels = make_inputs()
+    exact = cross_entropy(hidden, weight, labels)
+    for chunk_size in (6, 8192):
+        half = hidden.detach().bfloat16().requires_grad_()
+        losses = cross_entropy(half, weight, labels, chunk_size=chunk_size)
+        assert losses.dtype == torch.float32
+        # inputs and logits of size 5 are rounded to 8 bits
+        torch.testing.assert_close(losses, exact, atol=0.1, rtol=0.05)
+        gradients = torch.autograd.grad(losses.sum(), (half, weight))
+        assert [gradient.dtype for gradient in gradients] == [torch.bfloat16, torch.float32]
+
+
+def test_chunk_size_must_be_positive():
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        cross_entropy(*make_inputs(), chunk_size=0)
