@@ -1,0 +1,319 @@
+"""Exact FIFO memory held in one tensor for keys and one for values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from byheart.errors import MemoryStateError
+from byheart.memory.ring import RingCursor
+from byheart.memory.store import KeyValues, MemoryRead
+from byheart.ops.bucket_search import strided_bucket_top_k
+from byheart.ops.gather import gather_attend
+from byheart.ops.search import Neighbours, top_k_inner_product
+
+
+class Lease:
+    """Lets exactly one value write to shared storage: the newest one.
+
+    Values that share storage share a lease and remember the turn they were made in. `append` takes
+    the next turn, so a value from an earlier turn notices that the storage has moved on.
+    """
+
+    def __init__(self) -> None:
+        self.turn = 0
+
+    def require(self, turn: int) -> None:
+        """Refuse values of an earlier turn.
+
+        Raises:
+            MemoryStateError: If the storage was written since.
+        """
+        if turn != self.turn:
+            msg = (
+                "A memory must not be used after it was committed into a newer one: its entries "
+                "are overwritten. Use the state that commit returned, or fork() before commit."
+            )
+            raise MemoryStateError(msg)
+
+    def take_turn(self, turn: int) -> int:
+        """Let the current value write, once.
+
+        Returns:
+            The turn of the value after the write.
+        """
+        self.require(turn)
+        self.turn += 1
+        return self.turn
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DenseStore:
+    """FIFO ring of key-value pairs with exact search, on any device, in any float dtype.
+
+    A store is a value that shares its storage with the values made from it: `reset` only changes
+    the counters, `append` writes in place and uses up the store it was called on.
+    """
+
+    keys: Float[Tensor, "batch kv_heads entry head_dim"]
+    values: Float[Tensor, "batch kv_heads entry head_dim"]
+    cursor: RingCursor
+    num_buckets: int | None = None
+    """Search the best of this many strided buckets, as the authors' code does; `None` is exact."""
+    empty_as_zero: bool = False
+    """Let empty slots take part in the softmax as zeros, as the authors' code does."""
+    _lease: Lease = field(default_factory=Lease)
+    _turn: int = 0
+
+    @classmethod
+    def empty(
+        cls,
+        batch_size: int,
+        num_heads: int,
+        memory_size: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        **options: int | bool | None,
+    ) -> "DenseStore":
+        """Allocate a memory without entries.
+
+        Args:
+            batch_size: Rows.
+            num_heads: Key-value heads.
+            memory_size: Slots per row and head.
+            head_dim: Width of a head.
+            dtype: Precision of the stored keys and values.
+            device: Where they live.
+            options: `num_buckets` and `empty_as_zero`, see the fields.
+
+        Returns:
+            The empty store; `2 * batch_size * num_heads * memory_size * head_dim` numbers.
+        """
+        shape = (batch_size, num_heads, memory_size, head_dim)
+        return cls(
+            keys=torch.zeros(shape, dtype=dtype, device=device),
+            values=torch.zeros(shape, dtype=dtype, device=device),
+            cursor=RingCursor(
+                memory_size=memory_size,
+                num_written=torch.zeros(batch_size, dtype=torch.long, device=device),
+            ),
+            **options,  # type: ignore[arg-type]
+        )
+
+    @property
+    def num_written(self) -> Int[Tensor, " batch"]:
+        """Entries written to each row since its last reset, evicted ones too."""
+        return self.cursor.num_written
+
+    @property
+    def memory_size(self) -> int:
+        """Slots per row and head."""
+        return self.cursor.memory_size
+
+    def require_current(self) -> None:
+        """Refuse to be read after a newer store was made by `append`.
+
+        Raises:
+            MemoryStateError: If this store is used up.
+        """
+        self._lease.require(self._turn)
+
+    @torch.no_grad()
+    def append(
+        self,
+        keys: Float[Tensor, "batch kv_heads entry head_dim"],
+        values: Float[Tensor, "batch kv_heads entry head_dim"],
+        keep: Bool[Tensor, "batch entry"],
+    ) -> "DenseStore":
+        """Write the kept entries over the oldest ones, in place.
+
+        Returns:
+            The store after the write; this one is used up.
+        """
+        turn = self._lease.take_turn(self._turn)
+        cursor = self.cursor
+        # entries of one write must not share a slot, so longer writes go round the ring in laps
+        for start in range(0, keys.shape[2], self.memory_size):
+            lap = slice(start, start + self.memory_size)
+            slots_BN = cursor.claim(keep[:, lap])
+            for storage, entries in ((self.keys, keys), (self.values, values)):
+                overwrite(storage, entries[:, :, lap], slots_BN, keep[:, lap])
+            cursor = cursor.advance(keep[:, lap].sum(1))
+        return replace(self, cursor=cursor, _turn=turn)
+
+    def reset(self, row_mask: Bool[Tensor, " batch"]) -> "DenseStore":
+        """Forget all entries of the rows where `row_mask` is `True`.
+
+        Returns:
+            The store after the reset; this one stays as it was.
+        """
+        return replace(self, cursor=self.cursor.reset(row_mask))
+
+    @torch.no_grad()
+    def search(
+        self, queries: Float[Tensor, "batch heads query head_dim"], top_k: int
+    ) -> Neighbours:
+        """Find the `top_k` entries with the largest inner product with each query.
+
+        Returns:
+            Scores, slots, and which of them hold an entry.
+        """
+        self.require_current()
+        if self.num_buckets is not None:
+            return strided_bucket_top_k(
+                queries, self.keys, self.cursor.valid(), self.num_buckets, top_k
+            )
+        return top_k_inner_product(queries, self.keys, self.cursor.valid(), top_k)
+
+    def gather(self, slots: Int[Tensor, "batch heads query top_k"]) -> KeyValues:
+        """Return the content of slots.
+
+        Returns:
+            Keys and values, `[batch, heads, query * top_k, head_dim]` each.
+        """
+        self.require_current()
+        batch, heads = slots.shape[:2]
+        # heads that share a key-value head are neighbours
+        index_BGN1 = slots.reshape(batch, self.keys.shape[1], -1, 1)
+        gathered = [
+            side.gather(2, index_BGN1.expand(-1, -1, -1, side.shape[3])).reshape(
+                batch, heads, -1, side.shape[3]
+            )
+            for side in (self.keys, self.values)
+        ]
+        return KeyValues(*gathered)
+
+    def attend(
+        self,
+        queries: Float[Tensor, "batch heads query head_dim"],
+        scale: Float[Tensor, " heads"],
+        top_k: int,
+    ) -> MemoryRead:
+        """Search, then attend to what was found.
+
+        The gradient reaches `queries` and `scale` only.
+
+        Returns:
+            Attention over the retrieved entries.
+        """
+        # which neighbours are nearest, and their weights, are decided in float32
+        with torch.autocast(queries.device.type, enabled=False):
+            found = self.search(queries.detach(), top_k)
+            attended = gather_attend(
+                queries, scale, self.keys, self.values, found, empty_as_zero=self.empty_as_zero
+            )
+        assert attended.logsumexp is not None
+        return MemoryRead(attended.output, attended.logsumexp, found)
+
+    def entry_numbers(self) -> Int[Tensor, "batch entry"]:
+        """Number the entry in each slot since the row's last reset.
+
+        Returns:
+            Entry number, -1 where the slot is empty.
+        """
+        return self.cursor.entry_numbers()
+
+    def select_rows(self, row_ids: Int[Tensor, " rows"]) -> "DenseStore":
+        """Copy the named rows, in that order; a row may be named more than once.
+
+        Returns:
+            A store of its own.
+        """
+        self.require_current()
+        return replace(
+            self,
+            keys=self.keys[row_ids],
+            values=self.values[row_ids],
+            cursor=replace(self.cursor, num_written=self.num_written[row_ids]),
+            _lease=Lease(),
+            _turn=0,
+        )
+
+    def fork(self) -> "DenseStore":
+        """Copy the store; nothing is shared.
+
+        Returns:
+            A store of its own that answers every query the same.
+        """
+        return self.select_rows(torch.arange(self.keys.shape[0], device=self.keys.device))
+
+    def to(self, device: torch.device) -> "DenseStore":
+        """Move the store.
+
+        Returns:
+            The store on `device`; this one if it is there already.
+        """
+        self.require_current()
+        keys = self.keys.to(device)
+        # "cuda" and "cuda:0" differ, yet may name the same device
+        if keys is self.keys:
+            return self
+        return replace(
+            self,
+            keys=keys,
+            values=self.values.to(device),
+            cursor=replace(self.cursor, num_written=self.num_written.to(device)),
+            _lease=Lease(),
+            _turn=0,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the used slots and the counters.
+
+        Returns:
+            Tensors that `load_state_dict` takes; they share nothing with the store.
+        """
+        self.require_current()
+        num_used = self._num_used(self.num_written)
+        contiguous = torch.contiguous_format
+        return {
+            "keys": self.keys[:, :, :num_used].clone(memory_format=contiguous),
+            "values": self.values[:, :, :num_used].clone(memory_format=contiguous),
+            "num_written": self.num_written.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> "DenseStore":
+        """Fill a store with what `state_dict` returned.
+
+        Args:
+            state: Entries and counters of a store of the same shape.
+
+        Returns:
+            A store with those entries and this one's options; this one is used up.
+
+        Raises:
+            MemoryStateError: If the entries do not fit this store's shape.
+        """
+        num_written = state["num_written"].to(self.num_written.device, copy=True)
+        num_used = self._num_used(num_written)
+        batch, kv_heads, _, head_dim = self.keys.shape
+        shape = (batch, kv_heads, num_used, head_dim)
+        if num_written.shape != (batch,) or any(
+            state[name].shape != shape for name in ("keys", "values")
+        ):
+            msg = (
+                f"A saved memory must have keys and values of the shape {list(shape)}, got "
+                f"{list(state['keys'].shape)} and {list(state['values'].shape)}. Load it into a "
+                "store of the shape it was saved from."
+            )
+            raise MemoryStateError(msg)
+        turn = self._lease.take_turn(self._turn)
+        self.keys[:, :, :num_used].copy_(state["keys"])
+        self.values[:, :, :num_used].copy_(state["values"])
+        return replace(self, cursor=replace(self.cursor, num_written=num_written), _turn=turn)
+
+    def _num_used(self, num_written: Int[Tensor, " rows"]) -> int:
+        return min(self.memory_size, int(num_written.max()))
+
+
+def overwrite(storage: Tensor, entries: Tensor, slots_BN: Tensor, keep: Tensor) -> None:
+    """Write the kept entries; the others write back what their slot held, so shapes are fixed."""
+    shape = entries.shape
+    index = slots_BN[:, None, :, None].expand(shape)
+    before = storage.gather(2, index)
+    after = torch.where(keep[:, None, :, None], entries.detach().to(storage.dtype), before)
+    storage.scatter_(2, index, after)

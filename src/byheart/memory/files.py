@@ -1,0 +1,155 @@
+"""Directories that are either complete or not there: tensors in safetensors, a manifest last."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from byheart.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_TENSORS = "tensors.safetensors"
+
+
+def checksum(path: Path) -> str:
+    """Hash a file.
+
+    Returns:
+        SHA-256 of its content, hexadecimal.
+    """
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
+
+
+def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
+    """Declare a directory complete: list its files with size and checksum, as the last write.
+
+    Args:
+        directory: The directory; everything in it is already written.
+        content: JSON-able facts to keep beside the list.
+    """
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    listed = {
+        path.relative_to(directory).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": checksum(path),
+        }
+        for path in files
+        if path.name != MANIFEST
+    }
+    for path in files:
+        _sync(path)
+    temporary = directory / f"{MANIFEST}.partial"
+    temporary.write_text(json.dumps({**content, "files": listed}, indent=2), encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(directory / MANIFEST)
+    _sync(directory)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read the manifest of a directory and check its files against it.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: If the directory is incomplete or a file was changed.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        msg = f"{directory} is not complete: it has no {MANIFEST}. It was cut short while saving."
+        raise CheckpointError(msg)
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        files = manifest["files"]
+    except (ValueError, KeyError) as error:
+        msg = f"{path} is not a manifest that byheart wrote ({error}). Use another checkpoint."
+        raise CheckpointError(msg) from error
+    for name, facts in files.items():
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != facts["bytes"]:
+            size = file.stat().st_size if file.is_file() else "no"
+            msg = f"{file} must have {facts['bytes']} bytes, found {size}. It was cut short."
+            raise CheckpointError(msg)
+        if checksum(file) != facts["sha256"]:
+            msg = f"{file} was changed after it was saved: its checksum differs."
+            raise CheckpointError(msg)
+    return manifest
+
+
+def save_directory(
+    directory: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]
+) -> None:
+    """Write tensors and facts as a new directory, replacing an older one only when complete.
+
+    Args:
+        directory: Where to.
+        tensors: What to keep.
+        content: JSON-able facts for the manifest.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, partial / _TENSORS)
+        write_manifest(partial, content)
+        replace_directory(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Rename a complete directory into place.
+
+    A crash in between leaves the old one under `.NAME.old`, which `load_directory` names.
+    """
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    _sync(target.parent)
+
+
+def load_directory(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_directory` wrote.
+
+    Returns:
+        Tensors and manifest.
+
+    Raises:
+        CheckpointError: If the directory is incomplete or damaged.
+    """
+    if not directory.exists():
+        old = directory.with_name(f".{directory.name}.old")
+        hint = f" The previous one is {old}." if old.exists() else ""
+        msg = f"There is no directory {directory}.{hint}"
+        raise CheckpointError(msg)
+    manifest = read_manifest(directory)
+    try:
+        return load_file(directory / _TENSORS), manifest
+    except (SafetensorError, OSError) as error:
+        msg = f"{directory / _TENSORS} cannot be read: {error}."
+        raise CheckpointError(msg) from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

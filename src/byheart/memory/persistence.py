@@ -1,0 +1,151 @@
+"""Save a memory state to a directory and load it again."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byheart.config import from_dict
+from byheart.errors import CheckpointError, MemoryStateError
+from byheart.memory.files import load_directory, save_directory
+from byheart.memory.layout import MemoryLayout
+from byheart.memory.state import MemoryState
+from byheart.memory.store import KeyValues
+
+FORMAT = "byheart-memory-state"
+FORMAT_VERSION = 1
+
+
+def save_state(state: MemoryState, directory: str | Path, *, fingerprint: str = "") -> None:
+    """Write a state to a directory (safetensors and a JSON manifest).
+
+    The directory is replaced only when the new one is complete; a crash loses nothing.
+
+    Args:
+        state: What to save.
+        directory: Where to.
+        fingerprint: Identifies the weights that made the state, see `byheart.models.fingerprint`.
+    """
+    state.require_current()
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "layout": asdict(state.layout),
+        "batch_size": state.batch_size,
+        "memory_size": state.memory_size,
+        "model_fingerprint": fingerprint,
+    }
+    save_directory(Path(directory), state_tensors(state), content)
+
+
+def load_state(
+    directory: str | Path,
+    layout: MemoryLayout,
+    *,
+    fingerprint: str = "",
+    device: torch.device | None = None,
+) -> MemoryState:
+    """Read a state that `save_state` wrote.
+
+    Args:
+        directory: Where it is.
+        layout: The layout of the model that will use it.
+        fingerprint: If given, the state must have been made by weights with this fingerprint.
+        device: Where the state shall live.
+
+    Returns:
+        The state.
+
+    Raises:
+        CheckpointError: If the directory is incomplete, damaged, or of another format.
+        MemoryStateError: If the state was made by another model.
+    """
+    tensors, manifest = load_directory(Path(directory))
+    _check_format(manifest, directory)
+    saved_layout = from_dict(MemoryLayout, manifest["layout"])
+    layout.require_same(saved_layout, f"The memory state {directory}")
+    saved_fingerprint = manifest["model_fingerprint"]
+    if fingerprint and saved_fingerprint and fingerprint != saved_fingerprint:
+        msg = (
+            f"The memory state {directory} was made by a model with fingerprint "
+            f"{saved_fingerprint[:12]}, this one has {fingerprint[:12]}. "
+            "Load that model, or read the documents again."
+        )
+        raise MemoryStateError(msg)
+    empty = MemoryState.empty(
+        saved_layout,
+        manifest["batch_size"],
+        memory_size=manifest["memory_size"] if saved_layout.knn_memory else None,
+        dtype=tensors["xl_cache.0.keys"].dtype,
+    )
+    state = with_tensors(empty, tensors)
+    return state if device is None else state.to(device)
+
+
+def state_tensors(state: MemoryState) -> dict[str, Tensor]:
+    """Flatten a state into named tensors.
+
+    Returns:
+        Tensors that `with_tensors` takes.
+    """
+    tensors = {
+        "num_cached": state.num_cached,
+        "num_pending": state.num_pending,
+        "position": state.position,
+    }
+    for prefix, layers in (("xl_cache", state.xl_cache), ("pending", state.pending or ())):
+        for index, layer in enumerate(layers):
+            tensors[f"{prefix}.{index}.keys"] = layer.keys
+            tensors[f"{prefix}.{index}.values"] = layer.values
+    for index, store in state.stores.items():
+        for name, tensor in store.state_dict().items():
+            tensors[f"store.{index}.{name}"] = tensor
+    # counters of rows that never diverged may be one tensor; files want each of its own
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def with_tensors(empty: MemoryState, tensors: Mapping[str, Tensor]) -> MemoryState:
+    """Fill an empty state with what `state_tensors` returned.
+
+    Returns:
+        The filled state; `empty` is used up.
+    """
+
+    def layers(prefix: str) -> tuple[KeyValues, ...]:
+        count = sum(name.startswith(f"{prefix}.") for name in tensors) // 2
+        return tuple(
+            KeyValues(tensors[f"{prefix}.{index}.keys"], tensors[f"{prefix}.{index}.values"])
+            for index in range(count)
+        )
+
+    stores = {}
+    for index, store in empty.stores.items():
+        prefix = f"store.{index}."
+        mine = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        stores[index] = store.load_state_dict(mine)
+    return replace(
+        empty,
+        xl_cache=layers("xl_cache"),
+        pending=layers("pending") or None,
+        num_cached=tensors["num_cached"],
+        num_pending=tensors["num_pending"],
+        position=tensors["position"],
+        stores=stores,
+    )
+
+
+def _check_format(manifest: Mapping[str, Any], directory: str | Path) -> None:
+    found = (manifest.get("format"), manifest.get("format_version"))
+    if found != (FORMAT, FORMAT_VERSION):
+        msg = (
+            f"{directory} must be a {FORMAT} of version {FORMAT_VERSION}, found {found[0]} of "
+            f"version {found[1]}. Load it with the byheart version that wrote it."
+        )
+        raise CheckpointError(msg)

@@ -1,0 +1,141 @@
+import pytest
+import torch
+
+from byheart.errors import MemoryStateError
+from byheart.memory.config import KnnMemoryConfig
+from byheart.memory.state import MemoryState
+from byheart.models.streaming import read_tokens
+from byheart.testing.tiny import random_tokens, tiny_config, tiny_decoder
+
+
+@pytest.fixture
+def decoder():
+    return tiny_decoder()
+
+
+def test_commit_counts_what_was_read(decoder):
+    state = read_tokens(decoder, random_tokens(3, 17), decoder.new_state(3)).state
+    assert state.position.tolist() == [17, 17, 17]
+    assert state.num_pending.tolist() == [3, 3, 3]
+    assert state.num_cached.tolist() == [7, 7, 7]
+    assert state.stores[1].num_written.tolist() == [14, 14, 14]
+    assert state.memory_size == 41
+
+
+def test_xl_cache_holds_the_last_tokens_before_the_segment(decoder):
+    tokens = random_tokens(1, 7)
+    out = decoder(tokens, state=(state := decoder.new_state(1)))
+    state = state.commit(out.new_entries)
+    for cached, new in zip(state.xl_cache, out.new_entries.layers, strict=True):
+        assert torch.equal(cached.keys, new.keys)
+        assert torch.equal(cached.values, new.values)
+
+
+def test_memory_holds_the_segment_in_order(decoder):
+    state = decoder.new_state(2)
+    keys = []
+    for start in range(0, 49, 7):
+        out = decoder(random_tokens(2, 49)[:, start : start + 7], state=state)
+        keys.append(out.new_entries.layers[1].keys)
+        state = state.commit(out.new_entries)
+    store = state.stores[1]
+    written = torch.cat(keys, dim=2)
+    numbers = store.entry_numbers()
+    for row in range(2):
+        for slot in range(41):
+            assert torch.equal(store.keys[row, :, slot], written[row, :, numbers[row, slot]])
+    assert sorted(numbers[0].tolist()) == list(range(49 - 41, 49))
+
+
+def test_a_committed_state_is_used_up(decoder):
+    tokens = random_tokens(2, 7)
+    old = decoder.new_state(2)
+    out = decoder(tokens, state=old)
+    new = old.commit(out.new_entries)
+    for use in (
+        lambda: decoder(tokens, state=old),
+        lambda: old.commit(out.new_entries),
+        old.fork,
+        lambda: old.to("cpu"),
+    ):
+        with pytest.raises(MemoryStateError, match=r"fork\(\) before commit"):
+            use()
+    decoder(tokens, state=new)
+
+
+def test_the_same_entries_can_be_committed_to_two_forks(decoder):
+    tokens = random_tokens(2, 19)
+    one = read_tokens(decoder, tokens[:, :7], decoder.new_state(2)).state
+    other = one.fork()
+    entries = decoder(tokens[:, 7:10], state=one).new_entries
+    one, other = one.commit(entries), other.commit(entries)
+    first = read_tokens(decoder, tokens[:, 10:], one, return_logits=True).logits
+    second = read_tokens(decoder, tokens[:, 10:], other, return_logits=True).logits
+    assert torch.equal(first, second)
+
+
+def test_starting_a_document_leaves_the_state_usable(decoder):
+    tokens = random_tokens(2, 14)
+    state = read_tokens(decoder, tokens[:, :10], decoder.new_state(2)).state
+    started = state.start_documents(torch.tensor([True, False]))
+    assert started.position.tolist() == [0, 10]
+    assert state.position.tolist() == [10, 10]
+    decoder(tokens[:, 10:14], state=state)
+
+
+def test_selected_rows_are_copies(decoder):
+    tokens = random_tokens(2, 24)
+    state = read_tokens(decoder, tokens[:, :17], decoder.new_state(2)).state
+    beams = state.select_rows(torch.tensor([1, 1, 0]))
+    picked = read_tokens(decoder, tokens[[1, 1, 0], 17:], beams, return_logits=True).logits
+    whole = read_tokens(decoder, tokens[:, 17:], state, return_logits=True).logits
+    torch.testing.assert_close(picked, whole[[1, 1, 0]])
+
+
+def test_a_pass_must_not_cross_the_end_of_a_segment(decoder):
+    state = read_tokens(decoder, random_tokens(3, 5), decoder.new_state(3)).state
+    with pytest.raises(ValueError, match=r"row 0 has room for 2, got 3\. Use byheart\.read_tokens"):
+        decoder(random_tokens(3, 3), state=state)
+
+
+def test_states_of_other_models_are_refused(decoder):
+    other = tiny_decoder(tiny_config(xl_cache_length=5)).new_state(2)
+    with pytest.raises(MemoryStateError, match=r"xl_cache_length 5 \(not 7\)"):
+        decoder(random_tokens(2, 3), state=other)
+    plain = tiny_decoder(tiny_config(memory_size=0))
+    with pytest.raises(MemoryStateError, match=r"knn_memory\.layers \(1,\) \(not \(\)\)"):
+        plain(random_tokens(2, 3), state=decoder.new_state(2))
+    with pytest.raises(ValueError, match="must have the batch's 3 rows, got 2"):
+        decoder(random_tokens(3, 3), state=decoder.new_state(2))
+
+
+def test_sizes_out_of_range_are_refused(decoder):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        decoder.new_state(0)
+    with pytest.raises(ValueError, match=r"memory_size must be 0 \(no memory\) or more, got -3"):
+        decoder.new_state(1, memory_size=-3)
+    plain = tiny_decoder(tiny_config(memory_size=0))
+    with pytest.raises(ValueError, match="has no kNN memory, got memory_size=5"):
+        plain.new_state(1, memory_size=5)
+
+
+def test_commit_refuses_another_batch(decoder):
+    entries = decoder(random_tokens(3, 3)).new_entries
+    with pytest.raises(MemoryStateError, match="must have the state's 2 rows, got 3"):
+        decoder.new_state(2).commit(entries)
+
+
+def test_the_memory_can_be_larger_or_smaller_than_configured(decoder):
+    for size in (0, 3, 97):
+        state = read_tokens(
+            decoder, random_tokens(2, 21), decoder.new_state(2, memory_size=size)
+        ).state
+        assert state.memory_size == size
+
+
+def test_evicted_tokens_enter_memory_when_they_leave_the_cache():
+    memory = KnnMemoryConfig(layers=(1,), memory_size=41, top_k=5, write="evicted")
+    decoder = tiny_decoder(tiny_config(memory=memory, xl_cache_length=9))
+    state = read_tokens(decoder, random_tokens(2, 21), decoder.new_state(2)).state
+    assert state.stores[1].num_written.tolist() == [21 - 9] * 2
+    assert isinstance(state, MemoryState)
