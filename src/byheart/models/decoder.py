@@ -1,0 +1,228 @@
+"""The Memorizing Transformer from scratch: `Decoder`."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from byheart.memory.state import MemoryState, NewEntries
+from byheart.memory.store import KeyValues, MemoryStore
+from byheart.models.attention import Attention
+from byheart.models.config import DecoderConfig
+from byheart.models.init import initialize
+from byheart.models.local import LocalContext
+from byheart.models.norm import RMSNorm
+from byheart.ops.losses import IGNORED, cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecoderOutput:
+    """What a forward pass returns."""
+
+    new_entries: NewEntries
+    """What to give to `state.commit` after backward."""
+    loss: Float[Tensor, ""] | None = None
+    """Mean negative log likelihood of the predicted tokens, in nats; 0 if there are none."""
+    token_losses: Float[Tensor, "batch query"] | None = None
+    """Negative log likelihood of each label, in nats; 0 where the label is -100."""
+    logits: Float[Tensor, "batch query vocab"] | None = None
+    """Scores of the next token, float32."""
+
+
+class Block(nn.Module):
+    """Pre-norm transformer layer: attention, then feed-forward, without biases."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.embed_dim)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = RMSNorm(config.embed_dim)
+        self.expand = nn.Linear(config.embed_dim, config.hidden_dim, bias=False)
+        self.contract = nn.Linear(config.hidden_dim, config.embed_dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch query embed_dim"],
+        local: LocalContext,
+        store: MemoryStore | None,
+    ) -> tuple[Float[Tensor, "batch query embed_dim"], KeyValues]:
+        """Apply the layer.
+
+        Args:
+            hidden: Residual stream.
+            local: What the tokens see locally.
+            store: The layer's memory, if it has one.
+
+        Returns:
+            The residual stream after the layer, and the keys and values of the tokens.
+        """
+        attended, new = self.attention(self.dropout(self.attention_norm(hidden)), local, store)
+        hidden = hidden + attended
+        inner = torch.relu(self.expand(self.feed_forward_norm(hidden)))
+        return hidden + self.dropout(self.contract(inner)), new
+
+
+class Decoder(nn.Module):
+    """Decoder-only transformer with an XL cache and a kNN memory.
+
+    Forward reads memory and never writes it:
+
+        state = decoder.new_state(batch_size=4)
+        out = decoder(input_ids, state=state, document_start=first, labels=labels)
+        out.loss.backward()
+        state = state.commit(out.new_entries)
+
+    Source:
+        Wu et al. 2022, Memorizing Transformers (arXiv:2203.08913). The differences to the authors'
+        code, each with a switch where it matters, are listed in docs/memorizing-transformer.md.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        initialize(self)
+
+    def new_state(
+        self,
+        batch_size: int,
+        *,
+        memory_size: int | None = None,
+        device: torch.device | None = None,
+    ) -> MemoryState:
+        """Make a state in which no row has read anything.
+
+        Args:
+            batch_size: Rows.
+            memory_size: Entries per row and head, if not the config's; 0 switches the kNN memory
+                off. A model may read a larger memory than it was trained with.
+            device: Where the state lives; `None` for the model's device.
+
+        Returns:
+            The empty state.
+        """
+        weight = self.embedding.weight
+        return MemoryState.empty(
+            self.config.memory_layout,
+            batch_size,
+            memory_size=memory_size,
+            device=weight.device if device is None else device,
+        )
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch query"],
+        *,
+        state: MemoryState | None = None,
+        document_start: Bool[Tensor, " batch"] | None = None,
+        num_tokens: Int[Tensor, " batch"] | None = None,
+        labels: Int[Tensor, "batch query"] | None = None,
+        return_logits: bool | None = None,
+    ) -> DecoderOutput:
+        """Read the next tokens of each row's document.
+
+        All tokens of a row must lie in one segment; `byheart.read_tokens` cuts longer inputs.
+
+        Args:
+            input_ids: The next tokens of each row.
+            state: What the rows have read; `None` for nothing.
+            document_start: Rows that begin a new document: they forget the one before.
+            num_tokens: Real tokens of each row, the first so many columns; `None` for all.
+            labels: The token after each input, -100 where nothing is predicted. They are not
+                shifted here: `labels[t]` is what follows `input_ids[t]`.
+            return_logits: Whether to return logits; `None`: if there are no labels.
+
+        Returns:
+            Loss or logits, and the entries to commit.
+
+        Raises:
+            MemoryStateError: If the state is used up or was made for another model.
+            ValueError: If a row crosses the end of its segment, or the batch sizes differ.
+        """
+        batch, num_queries = input_ids.shape
+        if state is None:
+            state = self.new_state(batch)
+        if document_start is None:
+            document_start = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+        if num_tokens is None:
+            num_tokens = torch.full((batch,), num_queries, device=input_ids.device)
+        self._check(state, batch)
+        state = state.start_documents(document_start)
+        _require_inside_segment(state, num_tokens)
+        local = LocalContext.of(
+            state, num_queries, self.config.window, self_visible=self.config.self_visible
+        )
+        hidden = self.dropout(self.embedding(input_ids))
+        entries = []
+        for layer, block in enumerate(self.blocks):
+            hidden, new = block(hidden, local, state.stores.get(layer))
+            entries.append(KeyValues(new.keys.detach(), new.values.detach()))
+        hidden = self.dropout(self.norm(hidden))
+        new_entries = NewEntries(
+            layers=tuple(entries), num_tokens=num_tokens, document_start=document_start
+        )
+        return self._output(hidden, labels, new_entries, return_logits=return_logits)
+
+    def _output(
+        self,
+        hidden: Float[Tensor, "batch query embed_dim"],
+        labels: Int[Tensor, "batch query"] | None,
+        new_entries: NewEntries,
+        *,
+        return_logits: bool | None,
+    ) -> DecoderOutput:
+        loss = token_losses = logits = None
+        if labels is not None:
+            flat = cross_entropy(hidden.flatten(0, 1), self.embedding.weight, labels.flatten())
+            token_losses = flat.view_as(labels)
+            loss = flat.sum() / (labels != IGNORED).sum().clamp(min=1)
+        if return_logits or (return_logits is None and labels is None):
+            logits = (hidden @ self.embedding.weight.to(hidden.dtype).T).float()
+        return DecoderOutput(
+            new_entries=new_entries, loss=loss, token_losses=token_losses, logits=logits
+        )
+
+    def _check(self, state: MemoryState, batch: int) -> None:
+        state.require_current()
+        self.config.memory_layout.require_same(state.layout, "The memory state")
+        if state.batch_size != batch:
+            msg = (
+                f"The memory state must have the batch's {batch} rows, got {state.batch_size}. "
+                "Make one with new_state(batch_size) or pick rows with state.select_rows."
+            )
+            raise ValueError(msg)
+
+    def memory_metrics(self) -> dict[str, float]:
+        """Return the gates and attention scales of the memory layers, for logs."""
+        metrics: dict[str, float] = {}
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            mix = block.attention.mix
+            if mix is None:
+                continue
+            scale = block.attention.log_scale.detach().exp()
+            metrics[f"scale/layer{layer}/mean"] = scale.mean().item()
+            gate = mix.gate()
+            if gate is not None:
+                metrics[f"gate/layer{layer}/mean"] = gate.mean().item()
+                metrics[f"gate/layer{layer}/min"] = gate.min().item()
+                metrics[f"gate/layer{layer}/max"] = gate.max().item()
+        return metrics
+
+
+def _require_inside_segment(state: MemoryState, num_tokens: Int[Tensor, " batch"]) -> None:
+    length = state.layout.segment_length
+    left = length - state.num_pending
+    if bool((num_tokens > left).any()):
+        row = int((num_tokens - left).argmax())
+        msg = (
+            f"The tokens of a pass must fit into the segment of {length} tokens: row {row} has "
+            f"room for {int(left[row])}, got {int(num_tokens[row])}. Use byheart.read_tokens, "
+            "which cuts at segment ends."
+        )
+        raise ValueError(msg)
