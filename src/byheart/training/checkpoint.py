@@ -1,0 +1,339 @@
+"""Checkpoints that are either complete or refused, and that only continue the run they belong to.
+
+A checkpoint is the directory `checkpoint-N` below the run's directory:
+
+============================== ===================================================================
+file                           content
+============================== ===================================================================
+model/                         weights and config, as `byheart.models.checkpoint` writes them
+optimizer.pt, scheduler.pt     as the Hugging Face Trainer writes them
+rng_state*.pth                 random states, one file per process
+trainer_state.json             steps done
+memory_rankN.safetensors       what the rows of process N remember, and its unfinished log line
+positions.json                 which segment of which document each row has read last
+manifest.json                  sizes and checksums, what the run depends on; written last
+============================== ===================================================================
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float64
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from byheart.errors import ByheartError, CheckpointError
+from byheart.memory.files import MANIFEST, read_manifest, write_manifest
+from byheart.memory.persistence import state_tensors, with_tensors
+from byheart.memory.state import MemoryState
+
+__all__ = [
+    "MODEL",
+    "Checkpoint",
+    "checkpoint_directory",
+    "clear_checkpoint",
+    "complete_checkpoint",
+    "differences",
+    "explained_write_errors",
+    "find_checkpoint",
+    "has_checkpoints",
+    "load_memory",
+    "remove_checkpoints",
+    "rotate_checkpoints",
+    "save_memory",
+]
+
+_LOGGER = logging.getLogger(__name__)
+FORMAT = "byheart-training-checkpoint"
+FORMAT_VERSION = 1
+MODEL = "model"
+POSITIONS = "positions.json"
+_PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint."""
+
+    path: Path
+    """Its directory."""
+    step: int
+    """Optimizer steps done."""
+    identity: Mapping[str, Any]
+    """What the run depends on, as nested dictionaries."""
+
+    def require_same(self, identity: Mapping[str, Any]) -> None:
+        """Refuse to be continued by another run.
+
+        Args:
+            identity: What the run that wants to go on depends on.
+
+        Raises:
+            CheckpointError: If anything differs.
+        """
+        differing = differences(self.identity, identity)
+        if differing:
+            listed = "; ".join(
+                f"{name} {_shown(saved)}, this run has {_shown(mine)}"
+                for name, saved, mine in differing
+            )
+            msg = (
+                f"Checkpoint {self.path} was made with {listed}. Resume with what the checkpoint "
+                "was made with, or start anew with another directory or overwrite=True."
+            )
+            raise CheckpointError(msg)
+
+    def positions(self) -> Any:
+        """Return what each row has read last, as `SegmentDataset.positions_at` gives it."""
+        return json.loads((self.path / POSITIONS).read_text(encoding="utf-8"))["rows"]
+
+
+def checkpoint_directory(run: Path, step: int) -> Path:
+    """Name the checkpoint of a step.
+
+    Returns:
+        Its directory.
+    """
+    return run / f"{_PREFIX}{step}"
+
+
+def find_checkpoint(run: Path) -> Checkpoint:
+    """Find the newest complete checkpoint of a run.
+
+    Newer ones that are incomplete or damaged are named in a logged warning and left alone.
+
+    Args:
+        run: The run's directory.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    refusals = []
+    for step, path in reversed(_directories(run)):
+        found = _open(path, step)
+        if isinstance(found, Checkpoint):
+            return found
+        refusals.append(str(found))
+        _LOGGER.warning("Checkpoint %s is not used: %s", path.name, found)
+    reasons = " ".join(refusals) or "There is none at all."
+    msg = (
+        f"To resume, {run} must hold a complete checkpoint. {reasons} "
+        "Start anew with overwrite=True, or with another directory."
+    )
+    raise CheckpointError(msg)
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Tell whether a run has checkpoints, complete or not.
+
+    Returns:
+        `True` if it has.
+    """
+    return bool(_directories(run))
+
+
+def clear_checkpoint(path: Path) -> None:
+    """Make an empty directory for a checkpoint, removing what a killed process left there."""
+    _remove(path)
+    path.mkdir(parents=True)
+
+
+def complete_checkpoint(path: Path, identity: Mapping[str, Any], positions: Any) -> None:
+    """Add positions and manifest to the files of a checkpoint, which makes it complete.
+
+    Args:
+        path: The checkpoint; all other files are written.
+        identity: What the run depends on.
+        positions: What each row has read last.
+    """
+    text = json.dumps({"rows": positions}, indent=1)
+    (path / POSITIONS).write_text(text, encoding="utf-8")
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, "identity": identity}
+    write_manifest(path, content)
+
+
+def rotate_checkpoints(run: Path, keep: int) -> None:
+    """Remove the oldest complete checkpoints, and all that were cut short.
+
+    Args:
+        run: The run's directory; its newest checkpoint is complete.
+        keep: Complete checkpoints that stay.
+    """
+    paths = [path for _, path in _directories(run)]
+    complete = [path for path in paths if (path / MANIFEST).is_file()]
+    for path in paths:
+        if path not in complete[-keep:]:
+            _remove(path)
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Remove all checkpoints of a run."""
+    for _, path in _directories(run):
+        _remove(path)
+
+
+def save_memory(
+    path: Path, states: list[MemoryState], sums: Float64[Tensor, " sum"], process: int
+) -> None:
+    """Write what the rows of a process remember.
+
+    Args:
+        path: The checkpoint.
+        states: One per accumulated micro-batch.
+        sums: The unfinished log line.
+        process: Index of the process.
+    """
+    tensors = {"meter": sums}
+    for index, state in enumerate(states):
+        # copies are made on the CPU, where there is room for a second large memory
+        flat = state_tensors(state.to("cpu"))
+        tensors |= {f"micro_batch{index}.{name}": tensor for name, tensor in flat.items()}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, _memory_file(path, process))
+
+
+def load_memory(
+    path: Path, empty: list[MemoryState], process: int
+) -> tuple[list[MemoryState], Float64[Tensor, " sum"]]:
+    """Read what `save_memory` wrote.
+
+    Args:
+        path: The checkpoint.
+        empty: Fresh states of the same shape; they are used up.
+        process: Index of the process.
+
+    Returns:
+        The states, and the unfinished log line.
+
+    Raises:
+        CheckpointError: If there is no such file or it cannot be read.
+    """
+    file = _memory_file(path, process)
+    device = empty[0].position.device
+    try:
+        tensors = load_file(file, device=str(device))
+    except (SafetensorError, OSError) as error:
+        msg = f"{file} cannot be read: {error}. Resume from another checkpoint."
+        raise CheckpointError(msg) from error
+    states = []
+    for index, state in enumerate(empty):
+        prefix = f"micro_batch{index}."
+        mine = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        states.append(with_tensors(state, mine))
+    return states, tensors["meter"]
+
+
+@contextmanager
+def explained_write_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write, whatever library reports it, into one clear error.
+
+    Args:
+        path: What is being written. A directory is removed again if it is incomplete, which may
+            free the disk.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CheckpointError: If writing fails.
+        ByheartError: As it is, if byheart itself refuses something.
+    """
+    try:
+        yield
+    except ByheartError:
+        raise
+    # torch reports a full disk as a RuntimeError, safetensors with a type of its own
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if path.is_dir() and not (path / MANIFEST).exists():
+            shutil.rmtree(path, ignore_errors=True)
+        free = _free_space(path)
+        msg = (
+            f"{path} could not be written: {error}. See that the disk has room ({free} free) and "
+            "may be written to; then go on from the last complete checkpoint with resume=True "
+            "(--resume)."
+        )
+        raise CheckpointError(msg) from error
+
+
+def differences(saved: object, mine: object, path: str = "") -> list[tuple[str, object, object]]:
+    """Compare nested dictionaries.
+
+    Args:
+        saved: One side.
+        mine: The other.
+        path: Dotted name of both, for the result.
+
+    Returns:
+        Dotted name and both values of all that differs.
+    """
+    if not (isinstance(saved, Mapping) and isinstance(mine, Mapping)):
+        return [] if saved == mine else [(path, saved, mine)]
+    return [
+        difference
+        for key in dict.fromkeys([*saved, *mine])
+        for difference in differences(
+            saved.get(key), mine.get(key), f"{path}.{key}" if path else str(key)
+        )
+    ]
+
+
+def _shown(value: object) -> str:
+    # hashes are long, and their beginnings differ
+    return value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
+
+
+def _memory_file(path: Path, process: int) -> Path:
+    return path / f"memory_rank{process}.safetensors"
+
+
+def _directories(run: Path) -> list[tuple[int, Path]]:
+    numbered = [
+        (int(number), path)
+        for path in run.glob(f"{_PREFIX}*")
+        if (number := path.name.removeprefix(_PREFIX)).isdecimal() and path.is_dir()
+    ]
+    return sorted(numbered)
+
+
+def _remove(path: Path) -> None:
+    # without its manifest a half removed checkpoint cannot be taken for a complete one
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _open(path: Path, step: int) -> Checkpoint | CheckpointError:
+    try:
+        manifest = read_manifest(path)
+        _check_format(manifest, path)
+    except CheckpointError as error:
+        return error
+    return Checkpoint(path=path, step=step, identity=manifest["identity"])
+
+
+def _check_format(manifest: Mapping[str, Any], path: Path) -> None:
+    found = (manifest.get("format"), manifest.get("format_version"))
+    if found != (FORMAT, FORMAT_VERSION):
+        msg = (
+            f"{path} must be a {FORMAT} of version {FORMAT_VERSION}, found {found[0]} of version "
+            f"{found[1]}. Resume with the byheart version that wrote it."
+        )
+        raise CheckpointError(msg)
+
+
+def _free_space(path: Path) -> str:
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    return f"{shutil.disk_usage(existing).free / 1e6:,.0f} MB"

@@ -1,0 +1,333 @@
+"""Train a model from a config: data, model, checkpoints, result."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from byheart.config import load_config, save_config, write_text_atomic
+from byheart.data.corpus import TokenizedCorpus
+from byheart.data.rows import SegmentDataset
+from byheart.data.token_cache import TokenizeProgress
+from byheart.data.tokenize import Tokenizer
+from byheart.evaluation.perplexity import evaluate_perplexity
+from byheart.models.checkpoint import load_weights, save_model
+from byheart.models.decoder import Decoder
+from byheart.training.arguments import training_arguments
+from byheart.training.callbacks import TrainEvent
+from byheart.training.checkpoint import (
+    MODEL,
+    Checkpoint,
+    explained_write_errors,
+    find_checkpoint,
+    has_checkpoints,
+    remove_checkpoints,
+)
+from byheart.training.config import EvaluationConfig, RunConfig
+from byheart.training.data import RunData, load_data, make_dataset
+from byheart.training.identity import run_identity
+from byheart.training.metrics import MetricsFile, plain_number
+from byheart.training.trainer import METRICS, MemoryTrainer
+
+__all__ = ["TrainResult", "train"]
+
+_LOGGER = logging.getLogger(__name__)
+_CONFIG, _TOKENIZER, _RESULT = "config.json", "tokenizer", "result.json"
+_TENSORBOARD = "tensorboard"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainResult:
+    """What a finished run has made."""
+
+    out_dir: Path
+    """The run's directory."""
+    model_dir: Path
+    """The trained model, for `byheart.models.checkpoint.load_model`."""
+    steps: int
+    """Optimizer steps done, those before an interruption included."""
+    resumed_from: int | None
+    """Step of the checkpoint that this call went on from; `None` if it started at 0."""
+    num_parameters: int
+    """Parameters of the model."""
+    num_tokens: int
+    """Tokens read."""
+    loss: float
+    """Last logged loss: mean over the predicted tokens, nats."""
+    evaluation: Mapping[str, float]
+    """Metrics of the last evaluation; empty without validation documents."""
+
+
+def train(
+    run: RunConfig,
+    out_dir: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_event: Callable[[TrainEvent], None] | None = None,
+) -> TrainResult:
+    """Train a model, or go on where a killed or stopped run was.
+
+    The directory then holds `config.json` (everything resolved), `tokenizer/`, `metrics.jsonl`,
+    `checkpoint-N/`, `model/`, `result.json` and, if TensorBoard is installed, `tensorboard/`. Under
+    `torchrun` each process takes its part of the rows; all must see the same directory.
+
+    Args:
+        run: What to do.
+        out_dir: Directory of the run.
+        resume: Go on from the newest complete checkpoint. The result is that of a run that was
+            never interrupted. `max_steps`, and how often to log, evaluate and save, may differ.
+        overwrite: Remove the run that is in the directory.
+        on_event: Called in the main process for each log line, evaluation and checkpoint.
+
+    Returns:
+        What was made.
+
+    Raises:
+        ValueError: If the directory holds a run and it is not said what to do with it.
+        CheckpointError: If there is no complete checkpoint to resume from, it belongs to another
+            run, or something cannot be written.
+        TrainingInterruptedError: If SIGINT or SIGTERM came; a checkpoint is written.
+    """
+    if resume and overwrite:
+        msg = "resume and overwrite cannot both be True. Choose one."
+        raise ValueError(msg)
+    out = Path(out_dir)
+    arguments = training_arguments(run.training, out)
+    with arguments.main_process_first(local=False):
+        # the others come when the main process has begun the directory
+        if arguments.process_index == 0 and not resume and not overwrite:
+            _refuse_existing(out)
+        parts = _prepare(run, out, arguments, resume=resume, on_event=on_event)
+        if arguments.process_index == 0:
+            _begin_directory(out, parts, resume=resume)
+    decoder = _train(parts, arguments, on_event)
+    fingerprint = parts.data.tokenizer.fingerprint
+    if arguments.process_index == 0:
+        with explained_write_errors(out / MODEL):
+            save_model(decoder, out / MODEL, tokenizer_fingerprint=fingerprint)
+    arguments.distributed_state.wait_for_everyone()
+    result = _result(out, decoder, parts)
+    if arguments.process_index == 0:
+        with explained_write_errors(out / _RESULT):
+            _write_result(result, parts)
+        if on_event is not None:
+            values = {"model_dir": str(result.model_dir), "loss": result.loss, **result.evaluation}
+            steps = result.steps
+            on_event(TrainEvent(kind="end", step=steps, max_steps=steps, values=values))
+    return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Parts:
+    run: RunConfig
+    """The run with everything resolved."""
+    data: RunData
+    dataset: SegmentDataset
+    checkpoint: Checkpoint | None
+    """Where to go on."""
+
+
+def _prepare(
+    run: RunConfig,
+    out: Path,
+    arguments: TrainingArguments,
+    *,
+    resume: bool,
+    on_event: Callable[[TrainEvent], None] | None,
+) -> _Parts:
+    """Open everything and check that it fits together, changing nothing in the directory.
+
+    Returns:
+        What the run is made of.
+    """
+    is_main = arguments.process_index == 0
+    checkpoint = find_checkpoint(out) if resume else None
+    data = load_data(
+        run.data,
+        out / _TOKENIZER if not is_main or (resume and _saves_same_tokenizer(run, out)) else None,
+        _tokenize_events(run, on_event) if on_event is not None and is_main else None,
+    )
+    vocab_size = data.tokenizer.vocab_size
+    if checkpoint is None:
+        run.model.resolve(vocab_size)
+    run = replace(run, model=replace(run.model, vocab_size=vocab_size))
+    dataset = make_dataset(run, data.train, arguments.world_size)
+    if checkpoint is not None:
+        identity = run_identity(
+            run.model.resolve(vocab_size), dataset, run.training,
+            tokenizer_fingerprint=data.tokenizer.fingerprint, num_processes=arguments.world_size,
+        )  # fmt: skip
+        checkpoint.require_same(identity)
+        _check_steps(checkpoint, run, out)
+    return _Parts(run=run, data=data, dataset=dataset, checkpoint=checkpoint)
+
+
+def _train(
+    parts: _Parts,
+    arguments: TrainingArguments,
+    on_event: Callable[[TrainEvent], None] | None,
+) -> Decoder:
+    run, validation, tokenizer = parts.run, parts.data.validation, parts.data.tokenizer
+    torch.manual_seed(run.training.seed)
+    decoder = Decoder(run.model.resolve(run.model.vocab_size))
+    evaluate = None
+    if validation is not None:
+        evaluate = _evaluation(validation, tokenizer, run.evaluation)
+        # two tokens of each setting: what cannot be measured is refused now, not hours later
+        first = replace(run.evaluation, max_documents=1, max_tokens=2)
+        _evaluation(validation, tokenizer, first)(decoder)
+    elif run.training.evaluate_every is not None:
+        _LOGGER.warning("training.evaluate_every has no effect without data.validation.")
+    trainer = MemoryTrainer(
+        decoder,
+        parts.dataset,
+        run.training,
+        arguments,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        evaluate=evaluate,
+        on_event=on_event,
+    )
+    checkpoint = parts.checkpoint
+    if checkpoint is not None and checkpoint.step == run.training.max_steps:
+        # killed between the last step and the end
+        load_weights(decoder, checkpoint.path / MODEL)
+        if arguments.process_index == 0:
+            trainer.metrics.truncate(checkpoint.step)
+    else:
+        trainer.train(checkpoint)
+    return decoder
+
+
+def _evaluation(
+    corpus: TokenizedCorpus, tokenizer: Tokenizer, config: EvaluationConfig
+) -> Callable[[Decoder], dict[str, float]]:
+    def evaluate(decoder: Decoder) -> dict[str, float]:
+        result = evaluate_perplexity(
+            decoder,
+            corpus,
+            memory_sizes=(None,) if config.memory_sizes is None else config.memory_sizes,
+            rows=config.rows,
+            max_documents=config.max_documents,
+            max_tokens_per_document=config.max_tokens,
+            tokenizer=tokenizer,
+        )
+        metrics = {}
+        for measurement in result.measurements:
+            suffix = f"memory_{measurement.memory_size}"
+            metrics[f"nats_per_token/{suffix}"] = measurement.nats_per_token
+            metrics[f"perplexity/{suffix}"] = measurement.perplexity
+            if measurement.bits_per_byte is not None:
+                metrics[f"bits_per_byte/{suffix}"] = measurement.bits_per_byte
+        return metrics
+
+    return evaluate
+
+
+def _tokenize_events(
+    run: RunConfig, on_event: Callable[[TrainEvent], None]
+) -> Callable[[TokenizeProgress], None]:
+    def report(progress: TokenizeProgress) -> None:
+        max_steps = run.training.max_steps
+        on_event(TrainEvent(kind="tokenize", step=0, max_steps=max_steps, values=asdict(progress)))
+
+    return report
+
+
+def _refuse_existing(out: Path) -> None:
+    names = (_CONFIG, METRICS, MODEL, _RESULT)
+    found = [name for name in names if (out / name).exists()]
+    if found or has_checkpoints(out):
+        msg = (
+            f"{out} must not hold a run already, found {found[0] if found else 'checkpoints'}. Go "
+            "on with resume=True (--resume), replace it with overwrite=True (--overwrite), or "
+            "choose another directory."
+        )
+        raise ValueError(msg)
+
+
+def _begin_directory(out: Path, parts: _Parts, *, resume: bool) -> None:
+    with explained_write_errors(out / _CONFIG):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _RESULT).unlink(missing_ok=True)
+        for left_by_a_kill in out.glob(f".{MODEL}.*"):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+        if not resume:
+            # only what a run writes: the directory may be somebody's home
+            remove_checkpoints(out)
+            (out / METRICS).unlink(missing_ok=True)
+            for name in (MODEL, _TOKENIZER, _TENSORBOARD):
+                shutil.rmtree(out / name, ignore_errors=True)
+            parts.data.tokenizer.save(out / _TOKENIZER)
+        save_config(parts.run, out / _CONFIG)
+
+
+def _saves_same_tokenizer(run: RunConfig, out: Path) -> bool:
+    try:
+        saved = load_config(RunConfig, out / _CONFIG)
+    except (OSError, TypeError, ValueError):
+        return False
+    return saved.data.tokenizer == run.data.tokenizer
+
+
+def _check_steps(checkpoint: Checkpoint, run: RunConfig, out: Path) -> None:
+    max_steps = run.training.max_steps
+    if checkpoint.step > max_steps:
+        msg = (
+            f"max_steps must be at least the {checkpoint.step} steps of {checkpoint.path}, got "
+            f"{max_steps}. Raise max_steps."
+        )
+        raise ValueError(msg)
+    before = load_config(RunConfig, out / _CONFIG).training.max_steps
+    if before != max_steps and run.training.schedule in ("cosine", "linear"):
+        _LOGGER.warning(
+            "max_steps was %d and is %d: from here on the learning rate follows the %s schedule of "
+            "the new length.",
+            before,
+            max_steps,
+            run.training.schedule,
+        )
+
+
+def _result(out: Path, decoder: Decoder, parts: _Parts) -> TrainResult:
+    lines = MetricsFile(out / METRICS).read()
+    logs = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "loss" not in line]
+    last = evaluations[-1] if evaluations else {}
+    return TrainResult(
+        out_dir=out,
+        model_dir=out / MODEL,
+        steps=parts.run.training.max_steps,
+        resumed_from=None if parts.checkpoint is None else parts.checkpoint.step,
+        num_parameters=sum(parameter.numel() for parameter in decoder.parameters()),
+        num_tokens=logs[-1]["num_tokens"],
+        loss=float(logs[-1]["loss"]),
+        evaluation={
+            name.removeprefix("evaluation/"): float(value)
+            for name, value in last.items()
+            if name != "step"
+        },
+    )
+
+
+def _write_result(result: TrainResult, parts: _Parts) -> None:
+    content = {
+        "name": parts.run.name,
+        "steps": result.steps,
+        "num_parameters": result.num_parameters,
+        "num_tokens": result.num_tokens,
+        "loss": plain_number(result.loss),
+        "evaluation": {name: plain_number(value) for name, value in result.evaluation.items()},
+        "num_documents": parts.data.train.num_documents,
+        "documents_fingerprint": parts.data.train.fingerprint,
+        "tokenizer_fingerprint": parts.data.tokenizer.fingerprint,
+        "versions": {name: version(name) for name in ("byheart", "torch", "transformers")},
+    }
+    write_text_atomic(result.out_dir / _RESULT, json.dumps(content, indent=2) + "\n")

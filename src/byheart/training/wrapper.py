@@ -1,0 +1,51 @@
+"""A decoder as the Hugging Face Trainer wants it."""
+
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from byheart.memory.state import MemoryState
+from byheart.models.decoder import Decoder, DecoderOutput
+
+__all__ = ["TrainedDecoder"]
+
+
+class TrainedDecoder(nn.Module):
+    """A decoder as the Trainer wants it.
+
+    The Trainer writes into `model.config` and asks `accepts_loss_kwargs` whether to count the
+    predicted tokens of a step, so the decoder is kept one level below.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch query"],
+        labels: Int[Tensor, "batch query"],
+        num_tokens: Int[Tensor, " batch"],
+        document_start: Bool[Tensor, " batch"],
+        state: MemoryState,
+    ) -> DecoderOutput:
+        """Read a segment per row.
+
+        Args:
+            input_ids: Tokens.
+            labels: The token after each of them, -100 where nothing is predicted.
+            num_tokens: Real tokens per row.
+            document_start: Rows that begin a document.
+            state: What the rows have read.
+
+        Returns:
+            The decoder's output, with the losses of all tokens.
+        """
+        return self.decoder(  # type: ignore[no-any-return]
+            input_ids,
+            state=state,
+            document_start=document_start,
+            num_tokens=num_tokens,
+            labels=labels,
+        )
