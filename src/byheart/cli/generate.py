@@ -1,0 +1,100 @@
+"""`byheart generate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from byheart.cli.common import Bar, err_console, open_run, print_json, progress_bar
+from byheart.data.documents import iter_documents
+from byheart.data.tokenize import Tokenizer
+from byheart.memory.persistence import load_state, save_state
+from byheart.memory.state import MemoryState
+from byheart.models.decoder import Decoder
+from byheart.models.fingerprint import model_fingerprint
+from byheart.models.generate import SamplingConfig
+from byheart.models.generate import generate as generate_tokens
+from byheart.models.streaming import read_tokens
+
+# tokens given to the model between two moves of the progress bar
+_PIECE = 4096
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("generate")(generate)
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    *,
+    read: Annotated[
+        Path | None, typer.Option(help="A text to read into memory before the prompt.")
+    ] = None,
+    memory: Annotated[
+        Path | None, typer.Option(help="Go on from a memory that --save-memory wrote.")
+    ] = None,
+    save_memory: Annotated[
+        Path | None, typer.Option(help="Keep what was read, before prompt and new text.")
+    ] = None,
+    memory_size: Annotated[int | None, typer.Option(help="Entries, if not the model's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Among the so many most likely.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Among those with this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Continue a text, with everything read before it in memory."""
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    decoder, tokenizer, _ = open_run(model)
+    fingerprint = model_fingerprint(decoder)
+    if memory is not None:
+        state = load_state(memory, decoder.config.memory_layout, fingerprint=fingerprint)
+    else:
+        state = decoder.new_state(1, memory_size=memory_size)
+    if read is not None:
+        text = "".join(document.text for document in iter_documents(read))
+        state = _read(decoder, state, _tokens(tokenizer, text, state))
+    if save_memory is not None:
+        save_state(state, save_memory, fingerprint=fingerprint)
+    num_read = int(state.position[0])
+    ids = _tokens(tokenizer, prompt, state)
+    if ids.shape[1] == 0:
+        msg = "Give --prompt a text to continue."
+        raise typer.BadParameter(msg)
+    new = generate_tokens(
+        decoder,
+        ids,
+        max_new_tokens=max_new_tokens,
+        state=state,
+        sampling=sampling,
+        stop_id=tokenizer.start_id,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    count = int(new.num_tokens[0])
+    tokens = [token for token in new.tokens[0, :count].tolist() if token != tokenizer.start_id]
+    text = tokenizer.decode(tokens)
+    if as_json:
+        print_json({"text": text, "num_tokens": len(tokens), "num_tokens_before": num_read})
+    else:
+        print(prompt + text)
+        err_console.print(f"{num_read:,} tokens were in memory.", highlight=False)
+
+
+def _tokens(tokenizer: Tokenizer, text: str, state: MemoryState) -> torch.Tensor:
+    ids = [int(token) for token in tokenizer.encode(text)]
+    if tokenizer.start_id is not None and int(state.position[0]) == 0:
+        ids.insert(0, tokenizer.start_id)
+    return torch.tensor([ids], dtype=torch.long)
+
+
+def _read(decoder: Decoder, state: MemoryState, ids: torch.Tensor) -> MemoryState:
+    with progress_bar("tokens") as progress:
+        bar = Bar(progress)
+        for start in range(0, ids.shape[1], _PIECE):
+            state = read_tokens(decoder, ids[:, start : start + _PIECE], state).state
+            bar.move("read", min(start + _PIECE, ids.shape[1]), ids.shape[1])
+    return state

@@ -1,0 +1,60 @@
+"""The `byheart` command."""
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+import byheart
+from byheart.cli.common import err_console
+from byheart.errors import ByheartError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Long memory for transformers: train, evaluate and use models with a kNN memory.",
+)
+
+
+def _print_version(value: bool) -> bool:
+    if value:
+        print(f"byheart {byheart.__version__}")
+        raise typer.Exit
+    return value
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Long memory for transformers."""
+
+
+def main() -> None:
+    """Run the command; exit code 0 is done, 1 failed, 2 wrong usage."""
+    # commands are imported here: each brings torch, and `byheart --version` need not wait for it
+    from byheart.cli import data, evaluate, generate, tokenizer, train
+
+    for module in (train, evaluate, generate, tokenizer, data):
+        module.register(app)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        # exits by itself: 0 when done, 2 for wrong usage, 1 for Ctrl-C
+        app()
+    except (ByheartError, ValueError, TypeError, ImportError, OSError) as error:
+        err_console.print(f"[bold red]error:[/] {_message(error)}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _message(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error) or type(error).__name__)
+
+
+if __name__ == "__main__":
+    main()

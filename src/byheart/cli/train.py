@@ -1,0 +1,137 @@
+"""`byheart train`."""
+
+import importlib.util
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from byheart.cli.common import err_console, print_json
+from byheart.config import apply_overrides, load_config, to_dict
+from byheart.recipes import RECIPES
+from byheart.training.config import RunConfig
+from byheart.training.run import train as run_training
+
+_RECIPE_HELP = (
+    "Name of a recipe (see --list), a config.json that a run has written, or FILE.py:FUNCTION."
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("train")(train)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help=_RECIPE_HELP)] = "",
+    *,
+    out: Annotated[Path | None, typer.Option(help="Directory of the run.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Documents to learn from: JSON lines, text, or a folder.")
+    ] = None,
+    validation: Annotated[Path | None, typer.Option(help="Documents to evaluate on.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a field: --set training.max_steps=500. Repeatable."),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Remove the run that --out holds.")] = False,
+    show: Annotated[bool, typer.Option(help="Print the resolved config and stop.")] = False,
+    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train a model with memory on long documents, or resume a run."""
+    if list_recipes:
+        _list_recipes()
+        return
+    if not recipe:
+        msg = f"Name a recipe: {', '.join(RECIPES)}; a config.json; or FILE.py:FUNCTION."
+        raise typer.BadParameter(msg)
+    run = _changed(find_recipe(recipe), data, validation, overrides or [])
+    if show:
+        print_json(to_dict(run))
+        return
+    directory = out or Path("runs") / run.name
+    result = run_training(run, directory, resume=resume, overwrite=overwrite)
+    if as_json:
+        print_json({**to_dict_of_result(result), "run_dir": str(directory)})
+    else:
+        err_console.print(
+            f"Trained {result.num_parameters:,} parameters for {result.steps:,} steps: loss "
+            f"{result.loss:.4f} nats per token. The run is in {directory}.",
+            highlight=False,
+        )
+        err_console.print(f"Evaluate it: byheart evaluate {directory}", highlight=False)
+
+
+def find_recipe(name: str) -> RunConfig:
+    """Find a config by a recipe's name, the path of a config file, or FILE.py:FUNCTION.
+
+    Returns:
+        The config.
+
+    Raises:
+        BadParameter: If there is no such recipe.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    path, colon, function = name.rpartition(":")
+    if colon and path.endswith(".py") and Path(path).is_file():
+        return _from_python(Path(path), function)
+    if name.endswith(".json") and Path(name).is_file():
+        return load_config(RunConfig, Path(name))
+    msg = (
+        f"There is no recipe or file {name!r}. Recipes: {', '.join(RECIPES)}; a path must end "
+        "in .json, or be FILE.py:FUNCTION."
+    )
+    raise typer.BadParameter(msg)
+
+
+def _from_python(path: Path, function: str) -> RunConfig:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = getattr(module, function, None)
+    run = recipe() if callable(recipe) else None
+    if not isinstance(run, RunConfig):
+        msg = f"{path} must have a function {function}() that returns a RunConfig."
+        raise typer.BadParameter(msg)
+    return run
+
+
+def _changed(
+    run: RunConfig, data: Path | None, validation: Path | None, overrides: list[str]
+) -> RunConfig:
+    if data is not None:
+        run = replace(run, data=replace(run.data, train=str(data)))
+    if validation is not None:
+        run = replace(run, data=replace(run.data, validation=str(validation)))
+    try:
+        run = apply_overrides(run, overrides)
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    if run.data.train == "DOCUMENTS":
+        msg = f"The recipe {run.name!r} needs documents: pass --data FILE_OR_FOLDER."
+        raise typer.BadParameter(msg)
+    return run
+
+
+def to_dict_of_result(result: object) -> dict[str, object]:
+    """Turn a training result into JSON-able values.
+
+    Returns:
+        Its fields.
+    """
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(result).items()  # type: ignore[call-overload]
+    }
+
+
+def _list_recipes() -> None:
+    for name, recipe in RECIPES.items():
+        summary = (recipe.__doc__ or "").splitlines()[0]
+        print(f"{name:16} {summary}")

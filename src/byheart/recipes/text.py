@@ -1,0 +1,45 @@
+"""Starting points for the user's own documents; name them with --data and --validation."""
+
+from byheart.training.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+
+# filled in by --data; the error about a missing path says so
+_YOUR_DOCUMENTS = "DOCUMENTS"
+
+
+def text() -> RunConfig:
+    """A 5M-parameter model with a memory of 8K for your own documents, on a laptop or one GPU."""
+    return RunConfig(
+        name="text",
+        model=ModelConfig.preset("5m", memory_size=8192),
+        data=DataConfig(train=_YOUR_DOCUMENTS, tokenizer="bpe:4096"),
+        training=TrainingConfig(
+            rows_per_device=8,
+            max_steps=10_000,
+            learning_rate=2e-3,
+            warmup_steps=200,
+            weight_decay=0.01,
+            precision="bfloat16",
+        ),
+    )
+
+
+def paper() -> RunConfig:
+    """The paper's model: 12 layers, 184M parameters, 8K memory in layer 9, 2^17 tokens per step.
+
+    Sizes and schedule are the paper's; AdamW stands in for Adafactor (docs/memorizing-transformer).
+    Rows are for 8 GPUs: 32 rows x 512 tokens on each.
+    """
+    return RunConfig(
+        name="paper",
+        model=ModelConfig.preset("184m", memory_size=8192),
+        data=DataConfig(train=_YOUR_DOCUMENTS, tokenizer="bpe:32000"),
+        training=TrainingConfig(
+            rows_per_device=32,
+            max_steps=500_000,
+            learning_rate=1e-3,
+            schedule="rsqrt",
+            warmup_steps=1000,
+            precision="bfloat16",
+            save_every=5000,
+        ),
+    )
