@@ -1,0 +1,200 @@
+"""How close exact search comes to the bare matrix product, and how it compares.
+
+    python -m benchmarks.search --out benchmarks/results/search.json [--quick]
+
+The floor is the product alone: every inner product computed into one reused buffer, nothing
+selected. Contenders take turns, so ratios come from one run; each result is checked against
+`torch.matmul` + `topk`, score by score.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from benchmarks.harness import machine_info, time_pairs, write_json
+from byheart.ops.search import top_k_inner_product
+
+HEADS, QUERIES, HEAD_DIM, TOP_K = 8, 512, 64, 32
+
+# float32 sums of the same 64 products in another order
+TOLERANCE = 1e-5
+
+
+def make_keys(kind: str, rows: int, entries: int, generator: torch.Generator) -> Tensor:
+    """Return unit keys: independent, or as text makes them."""
+    shape = (rows, HEADS, entries, HEAD_DIM)
+    keys = normalize(torch.randn(shape, generator=generator), dim=-1)
+    if kind == "random":
+        return keys
+    prototypes = normalize(torch.randn(2000, HEAD_DIM, generator=generator), dim=-1)
+    drawn = prototypes[torch.randint(2000, shape[:3], generator=generator)]
+    if kind == "duplicates":
+        return drawn
+    if kind == "hot":
+        # a quarter of the memory is one entry, up to noise
+        hot = keys[:, :, :1] + 0.001 * torch.randn(
+            rows, HEADS, entries // 4, HEAD_DIM, generator=generator
+        )
+        keys[:, :, : entries // 4] = normalize(hot, dim=-1)
+        return keys
+    keys = normalize(drawn + 0.02 * torch.randn(shape, generator=generator), dim=-1)
+    if kind == "sorted":
+        order = (keys @ prototypes[0]).argsort(dim=-1)
+        keys = keys.gather(2, order.unsqueeze(3).expand_as(keys))
+    return keys
+
+
+def product(queries: Tensor, keys: Tensor) -> Callable[[], None]:
+    """Return the bare product: every score computed, none kept.
+
+    Its blocks were the fastest of 64 to 512 queries by 2048 to 65536 entries on 2 cores.
+    """
+    num_queries, num_entries = (512, 4096) if keys.dtype is torch.float32 else (256, 8192)
+    flat = torch.empty(num_queries * num_entries, dtype=keys.dtype)
+
+    def call() -> None:
+        for queries_QD, keys_ND in zip(queries.flatten(0, 1), keys.flatten(0, 1), strict=True):
+            for n in range(0, len(keys_ND), num_entries):
+                part_ND = keys_ND[n : n + num_entries]
+                for q in range(0, len(queries_QD), num_queries):
+                    part_QD = queries_QD[q : q + num_queries]
+                    shape = (len(part_QD), len(part_ND))
+                    out = flat[: shape[0] * shape[1]].view(shape)
+                    torch.mm(part_QD, part_ND.t(), out=out)
+
+    return call
+
+
+def matmul_topk(queries: Tensor, keys: Tensor) -> Callable[[], Tensor]:
+    """Return what one writes without thinking, head by head so that it fits into memory."""
+
+    def call() -> Tensor:
+        found = torch.empty(*queries.shape[:3], TOP_K)
+        for row in range(keys.shape[0]):
+            for head in range(HEADS):
+                scores = torch.matmul(queries[row, head], keys[row, head].t())
+                found[row, head] = scores.topk(TOP_K).values
+        return found
+
+    return call
+
+
+def faiss_knn(queries: Tensor, keys: Tensor) -> Callable[[], Tensor] | None:
+    """Return faiss' exact search without an index, or `None` if faiss is not installed."""
+    try:
+        import faiss
+    except ImportError:
+        return None
+    faiss.omp_set_num_threads(torch.get_num_threads())
+
+    def call() -> Tensor:
+        found = torch.empty(*queries.shape[:3], TOP_K)
+        for row in range(keys.shape[0]):
+            for head in range(HEADS):
+                scores, _ = faiss.knn(
+                    queries[row, head].numpy(),
+                    keys[row, head].numpy(),
+                    TOP_K,
+                    metric=faiss.METRIC_INNER_PRODUCT,
+                )
+                found[row, head] = torch.from_numpy(scores)
+        return found
+
+    return call
+
+
+def measure(kind: str, rows: int, entries: int, repeats: int) -> dict[str, Any]:
+    """Time all contenders at one size; refuse to report a wrong result."""
+    generator = torch.Generator().manual_seed(entries)
+    keys = make_keys(kind, rows, entries, generator)
+    queries = normalize(torch.randn(rows, HEADS, QUERIES, HEAD_DIM, generator=generator), dim=-1)
+    if kind != "random":
+        # text asks for what it contains
+        asked = torch.randint(entries, (rows, HEADS, QUERIES, 1), generator=generator)
+        queries = normalize(keys.gather(2, asked.expand_as(queries)) + 0.1 * queries, dim=-1)
+    half = keys.bfloat16()
+    valid = torch.ones(rows, entries, dtype=torch.bool)
+    searches: dict[str, Callable[[], Tensor]] = {
+        "byheart": lambda: top_k_inner_product(queries, keys, valid, TOP_K).scores,
+        "byheart, float32 pass only": lambda: (
+            top_k_inner_product(queries, keys, valid, TOP_K, scan_dtype=torch.float32).scores
+        ),
+    }
+    faiss_call = faiss_knn(queries, keys)
+    if faiss_call is not None:
+        searches["faiss.knn"] = faiss_call
+    naive = matmul_topk(queries, keys)
+    expected = naive()
+    for name, call in searches.items():
+        worst = (call() - expected).abs().max().item()
+        if worst > TOLERANCE:
+            msg = f"{name} is wrong at {entries} entries: scores differ by {worst}"
+            raise SystemExit(msg)
+    contenders: dict[str, Callable[[], object]] = {
+        "product float32": product(queries, keys),
+        "product bfloat16": product(queries.bfloat16(), half),
+        **searches,
+        "byheart, bfloat16 keys": lambda: top_k_inner_product(queries, half, valid, TOP_K),
+        "matmul + topk": naive,
+    }
+    timings = time_pairs(contenders, repeats)
+    result: dict[str, Any] = {"keys": kind, "rows": rows, "entries": entries, "repeats": repeats}
+    floors = {bits: timings[f"product {bits}"].median for bits in ("float32", "bfloat16")}
+    result["contenders"] = {
+        name: {
+            "median_seconds": round(timing.median, 5),
+            "fastest_seconds": round(timing.fastest, 5),
+            "times_product_float32": round(timing.median / floors["float32"], 3),
+            "times_product_bfloat16": round(timing.median / floors["bfloat16"], 3),
+        }
+        for name, timing in timings.items()
+    }
+    return result
+
+
+def report(result: dict[str, Any]) -> None:
+    print(f"\n{result['entries']} entries, {result['keys']} keys, {result['rows']} rows")
+    print(f"{'':28}{'median s':>10}{'fastest s':>11}{'x float32':>11}{'x bfloat16':>11}")
+    for name, row in result["contenders"].items():
+        print(
+            f"{name:28}{row['median_seconds']:10.4f}{row['fastest_seconds']:11.4f}"
+            f"{row['times_product_float32']:11.2f}{row['times_product_bfloat16']:11.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--quick", action="store_true", help="one row, small memories, few repeats")
+    parser.add_argument("--huge", action="store_true", help="also 262144 entries")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = 1 if arguments.quick else 4
+    cases = [("random", 2048, 9), ("random", 8192, 7)]
+    if not arguments.quick:
+        cases += [("random", 65536, 3)]
+        cases += [(kind, 8192, 3) for kind in ("clusters", "sorted", "duplicates", "hot")]
+    if arguments.huge:
+        cases.append(("random", 262144, 3))
+    results: dict[str, Any] = {
+        "machine": machine_info(["faiss-cpu"]),
+        "shape": {"heads": HEADS, "queries": QUERIES, "head_dim": HEAD_DIM, "top_k": TOP_K},
+        "cases": [],
+    }
+    for kind, entries, repeats in cases:
+        # 262144 entries of one row are as many scores as 65536 of four
+        result = measure(kind, rows if entries <= 65536 else 1, entries, repeats)
+        report(result)
+        results["cases"].append(result)
+        if arguments.out is not None:
+            write_json(arguments.out, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""What a kNN memory adds to a training step, against the same step without it and against a peer.
+
+    python -m benchmarks.step --out benchmarks/results/step.json [--quick]
+
+The model is the preset "20m": 6 layers, width 512, 8 heads of 64; 4 rows of 512 tokens of text, XL
+cache 512, one memory layer, top-32. A step is forward, backward, clipping, AdamW and commit, with
+the memory full of keys and values of text. The peer is memorizing-transformers-pytorch at the same
+shape; it keeps one key-value head for all query heads, and searches an approximate HNSW index.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import machine_info, time_pairs, write_json
+from byheart.memory.state import MemoryState
+from byheart.models.config import preset
+from byheart.models.decoder import Decoder
+
+ROWS, SEGMENT, VOCAB = 4, 512, 257
+MEMORY_SIZES = (0, 8192, 65_536)
+PEER_ENTRIES = 8192
+TOP_K = 32
+
+Step = Callable[[], None]
+
+
+def text_tokens() -> Tensor:
+    """Return one long row of bytes per batch row: the standard library's source."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    data = b"".join(path.read_bytes() for path in files)
+    length = len(data) // ROWS
+    rows = [list(data[row * length : (row + 1) * length]) for row in range(ROWS)]
+    return torch.tensor(rows)
+
+
+class Segments:
+    """Deals out the next segment of every row, with the tokens that follow."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens, self.start = tokens, 0
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        if self.start + SEGMENT + 1 > self.tokens.shape[1]:
+            self.start = 0
+        piece = self.tokens[:, self.start : self.start + SEGMENT + 1]
+        self.start += SEGMENT
+        return piece[:, :-1], piece[:, 1:]
+
+
+def optimize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def our_step(memory_size: int, tokens: Tensor, dtype: str) -> Step:
+    """Build a training step of byheart whose memory is full."""
+    torch.manual_seed(0)
+    config = preset("20m", VOCAB, memory_size=memory_size, top_k=TOP_K)
+    if config.knn_memory is not None:
+        from dataclasses import replace
+
+        config = replace(config, knn_memory=replace(config.knn_memory, dtype=dtype))
+    decoder = Decoder(config)
+    # a small rate: the keys in memory stay those of nearly the same weights
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-5)
+    segments = Segments(tokens)
+    state = _filled(decoder, segments, memory_size)
+
+    def step() -> None:
+        nonlocal state
+        inputs, labels = segments()
+        out = decoder(inputs, state=state, labels=labels)
+        assert out.loss is not None
+        optimize(decoder, optimizer, out.loss)
+        state = state.commit(out.new_entries)
+
+    return step
+
+
+@torch.no_grad()
+def _filled(decoder: Decoder, segments: Segments, memory_size: int) -> MemoryState:
+    state = decoder.new_state(ROWS)
+    for _ in range(max(1, memory_size // SEGMENT)):
+        state = state.commit(decoder(segments()[0], state=state).new_entries)
+    return state
+
+
+def peer_step(memory_size: int, tokens: Tensor, folder: str) -> Step:
+    """Build a training step of memorizing-transformers-pytorch with as many entries."""
+    from memorizing_transformers_pytorch import MemorizingTransformer
+
+    torch.manual_seed(0)
+    model = MemorizingTransformer(
+        num_tokens=VOCAB, dim=512, dim_head=64, depth=6, heads=8, xl_max_memories=SEGMENT,
+        memorizing_layers=(4,) if memory_size else (),
+        # twice the entries: it drops everything when the number is reached
+        max_knn_memories=2 * (memory_size or SEGMENT),
+        num_retrieved_memories=TOP_K, knn_memories_directory=f"{folder}/{memory_size}",
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    segments, memories = Segments(tokens), model.create_knn_memories(batch_size=ROWS)
+    xl_memories = None
+
+    def step(train: bool = True) -> None:
+        nonlocal xl_memories
+        inputs, labels = segments()
+        # it wants the whole sequence as labels and the memories of the last call
+        loss, xl_memories = model(
+            inputs, labels=labels, knn_memories=memories, xl_memories=xl_memories
+        )
+        if train:
+            optimize(model, optimizer, loss)
+
+    with torch.no_grad():
+        for _ in range(memory_size // SEGMENT + 1):
+            step(train=False)
+    return step
+
+
+def contenders(arguments: argparse.Namespace, folder: str) -> dict[str, Callable[[], Step]]:
+    tokens = text_tokens()
+    sizes = MEMORY_SIZES[:2] if arguments.quick else MEMORY_SIZES
+    found: dict[str, Callable[[], Step]] = {}
+    for size in sizes:
+        found[f"byheart {size}"] = lambda size=size: our_step(size, tokens, "float32")
+    if not arguments.quick:
+        found["byheart 65536 bfloat16 store"] = lambda: our_step(65_536, tokens, "bfloat16")
+    try:
+        import memorizing_transformers_pytorch  # noqa: F401
+    except ImportError:
+        print("The peer is missing: make bench-peers installs it.", file=sys.stderr)
+        return found
+    for size in (0, PEER_ENTRIES):
+        found[f"memorizing-transformers-pytorch {size}"] = lambda size=size: peer_step(
+            size, tokens, folder
+        )
+    return found
+
+
+def peak_memory(name: str, quick: bool) -> int:
+    """Return the peak resident bytes of a process that does three steps of one contender."""
+    command = [sys.executable, "-m", "benchmarks.step", "--only", name, *(["--quick"] * quick)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(output.split()[-1])
+
+
+def report(timings: dict[str, float], peaks: dict[str, int]) -> dict[str, Any]:
+    base = timings["byheart 0"]
+    result: dict[str, Any] = {}
+    for name, seconds in timings.items():
+        own_base = timings.get(f"{name.rsplit(' ', 1)[0]} 0", base)
+        result[name] = {
+            "seconds_per_step": seconds,
+            "ratio_to_step_without_memory": seconds / own_base,
+            "seconds_added_by_memory": seconds - own_base,
+            "peak_resident_mib": round(peaks[name] / 2**20),
+        }
+    peer = f"memorizing-transformers-pytorch {PEER_ENTRIES}"
+    if peer in result:
+        ours = result[f"byheart {PEER_ENTRIES}"]["seconds_added_by_memory"]
+        result["added_by_us_over_added_by_peer"] = ours / result[peer]["seconds_added_by_memory"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="8K entries only, fewer rounds")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--only", help="do three steps of one contender and print its peak memory")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        builders = contenders(arguments, folder)
+        if arguments.only:
+            step = builders[arguments.only]()
+            for _ in range(3):
+                step()
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            return
+        info = machine_info(["memorizing-transformers-pytorch", "faiss-cpu"])
+        steps = {name: build() for name, build in builders.items()}
+        rounds = arguments.rounds or (3 if arguments.quick else 7)
+        timings = {name: t.median for name, t in time_pairs(steps, rounds).items()}
+        peaks = {name: peak_memory(name, arguments.quick) for name in builders}
+    result = report(timings, peaks)
+    for name, row in result.items():
+        if isinstance(row, dict):
+            print(
+                f"{name:40} {row['seconds_per_step']:7.3f} s  "
+                f"x{row['ratio_to_step_without_memory']:.2f}  {row['peak_resident_mib']:6} MiB"
+            )
+        else:
+            print(f"{name:40} {row:7.2f}")
+    if arguments.out:
+        write_json(arguments.out, {"machine": info, "rounds": rounds, "results": result})
+
+
+if __name__ == "__main__":
+    main()
