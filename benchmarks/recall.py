@@ -94,7 +94,7 @@ def decoder_keys(decoder: Decoder, text: Tensor) -> QueriesAndKeys:
 
     def record(name: str) -> RemovableHandle:
         def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            heads = output.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+            heads = output.view(*output.shape[:2], attention.num_heads, -1).transpose(1, 2)
             seen[name].append(unit_length(heads) if attention.normalize_qk else heads)
 
         return attention.get_submodule(name).register_forward_hook(hook)

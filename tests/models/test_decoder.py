@@ -118,6 +118,13 @@ def test_bfloat16_autocast_reads_memory_in_float32():
             r"between 0 and 3 \(the decoder has 4 layers\), got 4",
         ),
         ({"knn_memory": KnnMemoryConfig(layers=(1, 1))}, "must not repeat a layer"),
+        (
+            {
+                "empty_slots": "zeros",
+                "knn_memory": KnnMemoryConfig(layers=(1,), store="faiss"),
+            },
+            "empty_slots='zeros' needs knn_memory.store='dense'",
+        ),
     ],
 )
 def test_configs_out_of_range_are_refused(change, message):

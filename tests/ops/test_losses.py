@@ -76,3 +76,10 @@ def test_half_precision_hidden_states_give_float32_losses():
 def test_chunk_size_must_be_positive():
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         cross_entropy(*make_inputs(), chunk_size=0)
+
+
+@pytest.mark.parametrize("chunk_size", [5, 100])
+def test_labels_outside_of_the_vocabulary_are_refused(chunk_size):
+    hidden, weight = torch.randn(3, 7), torch.randn(11, 7)
+    with pytest.raises(ValueError, match="between 0 and 10, got -100 to 11"):
+        cross_entropy(hidden, weight, torch.tensor([-100, 3, 11]), chunk_size=chunk_size)

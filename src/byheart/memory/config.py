@@ -27,7 +27,7 @@ class KnnMemoryConfig:
     num_buckets: int | None = None
     """Buckets of the strided search; `None` means `top_k` (recall about 0.64, see the docs)."""
     store: Literal["dense", "faiss"] = "dense"
-    """Exact search in torch, or a faiss HNSW index (approximate, CPU, needs `byheart[faiss]`)."""
+    """Exact search in torch, or a faiss inverted-file index: approximate, CPU, `byheart[faiss]`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the stored keys and values."""
 

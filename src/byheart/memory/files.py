@@ -1,10 +1,12 @@
 """Directories that are either complete or not there: tensors in safetensors, a manifest last."""
 
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from byheart.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 _TENSORS = "tensors.safetensors"
+_PIECE_BYTES = 16 << 20
 
 
 def checksum(path: Path) -> str:
@@ -24,12 +27,11 @@ def checksum(path: Path) -> str:
     Returns:
         SHA-256 of its content, hexadecimal.
     """
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
@@ -88,6 +90,31 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+@contextmanager
+def complete_directory(directory: Path, content: Mapping[str, Any]) -> Iterator[Path]:
+    """Write a new directory, replacing an older one only when it is complete.
+
+    Args:
+        directory: Where it shall be.
+        content: JSON-able facts for the manifest.
+
+    Yields:
+        A directory to write into. If that raises, nothing has changed.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # a process that was killed while saving leaves its partial directory behind
+    for left in directory.parent.glob(f".{glob.escape(directory.name)}.partial-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir()
+        yield partial
+        write_manifest(partial, content)
+        _replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def save_directory(
     directory: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]
 ) -> None:
@@ -98,20 +125,12 @@ def save_directory(
         tensors: What to keep.
         content: JSON-able facts for the manifest.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with complete_directory(directory, content) as partial:
         save_file(contiguous, partial / _TENSORS)
-        write_manifest(partial, content)
-        replace_directory(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def replace_directory(new: Path, target: Path) -> None:
+def _replace(new: Path, target: Path) -> None:
     """Rename a complete directory into place.
 
     A crash in between leaves the old one under `.NAME.old`, which `load_directory` names.

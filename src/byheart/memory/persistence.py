@@ -89,7 +89,7 @@ def state_tensors(state: MemoryState) -> dict[str, Tensor]:
     """Flatten a state into named tensors.
 
     Returns:
-        Tensors that `with_tensors` takes.
+        Copies in main memory, which `with_tensors` takes.
     """
     tensors = {
         "num_cached": state.num_cached,
@@ -104,7 +104,7 @@ def state_tensors(state: MemoryState) -> dict[str, Tensor]:
         for name, tensor in store.state_dict().items():
             tensors[f"store.{index}.{name}"] = tensor
     # counters of rows that never diverged may be one tensor; files want each of its own
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def with_tensors(empty: MemoryState, tensors: Mapping[str, Tensor]) -> MemoryState:
@@ -113,6 +113,8 @@ def with_tensors(empty: MemoryState, tensors: Mapping[str, Tensor]) -> MemorySta
     Returns:
         The filled state; `empty` is used up.
     """
+    device = empty.position.device
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def layers(prefix: str) -> tuple[KeyValues, ...]:
         count = sum(name.startswith(f"{prefix}.") for name in tensors) // 2

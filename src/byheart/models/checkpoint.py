@@ -1,7 +1,6 @@
 """Save a decoder to a directory and load it again."""
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from byheart.config import load_config, save_config
 from byheart.errors import CheckpointError
-from byheart.memory.files import read_manifest, replace_directory, write_manifest
+from byheart.memory.files import complete_directory, read_manifest
 from byheart.models.config import DecoderConfig
 from byheart.models.decoder import Decoder
 
@@ -35,27 +34,18 @@ def save_model(
         tokenizer_fingerprint: Identifies the tokenizer that made the model's tokens;
             `load_model` refuses another one.
     """
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        tensors = {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in decoder.named_parameters()
-        }
+    tensors = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in decoder.named_parameters()
+    }
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+    }
+    with complete_directory(Path(directory), content) as partial:
         save_file(tensors, partial / _WEIGHTS)
         save_config(decoder.config, partial / _CONFIG)
-        content = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "tokenizer_fingerprint": tokenizer_fingerprint,
-        }
-        write_manifest(partial, content)
-        replace_directory(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_model(

@@ -89,6 +89,12 @@ class DecoderConfig:
                 f"{self.num_layers} layers), got {outside[0]}."
             )
             raise ValueError(msg)
+        if knn.store == "faiss" and self.empty_slots == "zeros":
+            msg = (
+                "empty_slots='zeros' needs knn_memory.store='dense', got 'faiss': only the exact "
+                "mode of the authors counts empty slots."
+            )
+            raise ValueError(msg)
         if len(set(knn.layers)) != len(knn.layers):
             msg = f"knn_memory.layers must not repeat a layer, got {list(knn.layers)}."
             raise ValueError(msg)

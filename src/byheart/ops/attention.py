@@ -124,12 +124,16 @@ def window_attention(
     bias_HQU = window_bias(
         distance_bias.to(scores_BHNQU.dtype), block_length, self_visible=self_visible
     )
+    # the tail's keys come after all real queries, which do not see them for that reason already
     visible_BN = torch.nn.functional.pad(
-        torch.nn.functional.pad(cache_valid, (0, num_queries), value=True), (front, tail)
+        torch.nn.functional.pad(cache_valid, (0, num_queries + tail), value=True), (front, 0)
     )
     hidden_BNU = ~visible_BN.unfold(1, block_length + window, block_length)
-    scores_BHNQU = scores_BHNQU + bias_HQU[:, None]
-    scores_BHNQU = scores_BHNQU.masked_fill(hidden_BNU[:, None, :, None], _excluded(scores_BHNQU))
+    # in place: the backward of a matrix product does not need its result
+    scores_BHNQU += bias_HQU[:, None]
+    # a pass over all scores, saved where rows have full caches; only on a CPU is asking free
+    if not hidden_BNU.is_cpu or bool(hidden_BNU.any()):
+        scores_BHNQU.masked_fill_(hidden_BNU[:, None, :, None], _excluded(scores_BHNQU))
     output_BHNQD = torch.softmax(scores_BHNQU, dim=-1) @ values_BHNDU.transpose(-1, -2)
     output = output_BHNQD.reshape(batch, heads, -1, head_dim)[:, :, :num_queries]
     logsumexp = None

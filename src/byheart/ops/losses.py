@@ -33,11 +33,13 @@ def cross_entropy(
         Negative log likelihood in nats; 0 where the label is `IGNORED`.
 
     Raises:
-        ValueError: If `chunk_size` is below 1.
+        ValueError: If `chunk_size` is below 1, or a label on the CPU is no entry of the vocabulary;
+            on CUDA such a label stops the program with an assertion.
     """
     if chunk_size < 1:
         msg = f"chunk_size must be at least 1, got {chunk_size}. Raise chunk_size."
         raise ValueError(msg)
+    _check_labels(labels, weight.shape[0])
     if weight.shape[0] <= chunk_size:
         logits = (hidden @ weight.to(hidden.dtype).T).float()
         return torch.nn.functional.cross_entropy(
@@ -47,6 +49,22 @@ def cross_entropy(
         hidden, weight, labels, chunk_size
     )
     return loss
+
+
+def _check_labels(labels: Tensor, vocab_size: int) -> None:
+    """Refuse labels outside of the vocabulary, without waiting for a GPU.
+
+    Raises:
+        ValueError: If there is one, on the CPU.
+    """
+    known = ((labels == IGNORED) | ((labels >= 0) & (labels < vocab_size))).all()
+    if labels.is_cpu and not bool(known):
+        msg = (
+            f"labels must be {IGNORED} or between 0 and {vocab_size - 1}, got "
+            f"{int(labels.min())} to {int(labels.max())}. Use the tokenizer of the model."
+        )
+        raise ValueError(msg)
+    torch._assert_async(known, "labels must be in the vocabulary")
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -196,7 +196,7 @@ def save_memory(
     tensors = {"meter": sums}
     for index, state in enumerate(states):
         # copies are made on the CPU, where there is room for a second large memory
-        flat = state_tensors(state.to("cpu"))
+        flat = state_tensors(state)
         tensors |= {f"micro_batch{index}.{name}": tensor for name, tensor in flat.items()}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, _memory_file(path, process))
