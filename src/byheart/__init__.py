@@ -2,7 +2,6 @@
 
 from byheart.errors import ByheartError, CheckpointError, DataError, MemoryStateError
 from byheart.memory.config import KnnMemoryConfig
-from byheart.memory.persistence import load_state, save_state
 from byheart.memory.state import MemoryState
 from byheart.models.checkpoint import load_model, save_model
 from byheart.models.config import DecoderConfig, preset
@@ -26,10 +25,8 @@ __all__ = [
     "SamplingConfig",
     "generate",
     "load_model",
-    "load_state",
     "model_fingerprint",
     "preset",
     "read_tokens",
     "save_model",
-    "save_state",
 ]

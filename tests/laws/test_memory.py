@@ -53,7 +53,6 @@ def test_memory_of_what_leaves_the_cache_equals_full_attention():
     segmented = tiny_config(
         memory=whole_memory((0, 1), write="evicted"),
         xl_cache_length=5,
-        window_length=5 + 7,
         position_bias="none",
     )
     decoder = same_weights(segmented, full)

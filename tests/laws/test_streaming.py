@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from byheart.memory.config import KnnMemoryConfig
-from byheart.memory.persistence import load_state, save_state
 from byheart.models.generate import SamplingConfig, choose, generate
 from byheart.models.streaming import read_tokens
 from byheart.testing.tiny import random_tokens, tiny_config, tiny_decoder
@@ -106,8 +105,8 @@ def test_a_new_document_equals_a_fresh_state(decoder, tokens):
 def test_saved_and_reloaded_equals_uninterrupted(decoder, tokens, tmp_path):
     # 24 tokens: three complete segments and three pending tokens
     state = read_tokens(decoder, tokens[:, :24], decoder.new_state(3)).state
-    save_state(state, tmp_path / "state")
-    loaded = load_state(tmp_path / "state", decoder.config.memory_layout)
+    decoder.save_state(state, tmp_path / "state")
+    loaded = decoder.load_state(tmp_path / "state")
     went_on = read_tokens(decoder, tokens[:, 24:], state, return_logits=True).logits
     reloaded = read_tokens(decoder, tokens[:, 24:], loaded, return_logits=True).logits
     assert torch.equal(went_on, reloaded)

@@ -1,11 +1,13 @@
 import json
+import resource
+import signal
 
 import pytest
 import torch
 
 from byheart.errors import CheckpointError, MemoryStateError
+from byheart.memory.config import KnnMemoryConfig
 from byheart.memory.files import MANIFEST
-from byheart.memory.persistence import load_state, save_state
 from byheart.models.fingerprint import model_fingerprint
 from byheart.models.streaming import read_tokens
 from byheart.testing.tiny import random_tokens, tiny_config, tiny_decoder
@@ -19,7 +21,7 @@ def decoder():
 @pytest.fixture
 def saved(decoder, tmp_path):
     state = read_tokens(decoder, random_tokens(2, 24), decoder.new_state(2)).state
-    save_state(state, tmp_path / "notes", fingerprint=model_fingerprint(decoder))
+    decoder.save_state(state, tmp_path / "notes")
     return tmp_path / "notes"
 
 
@@ -27,7 +29,7 @@ def test_only_used_slots_are_written(decoder, tmp_path):
     sizes = []
     for length in (7, 35):
         state = read_tokens(decoder, random_tokens(2, length), decoder.new_state(2)).state
-        save_state(state, tmp_path / str(length))
+        decoder.save_state(state, tmp_path / str(length))
         sizes.append((tmp_path / str(length) / "tensors.safetensors").stat().st_size)
     # four segments of keys and values, 2 rows, 3 heads, 7 tokens, 8 numbers of 4 bytes
     assert sizes[1] - sizes[0] == pytest.approx(4 * 2 * 2 * 3 * 7 * 8 * 4, abs=200)
@@ -35,26 +37,25 @@ def test_only_used_slots_are_written(decoder, tmp_path):
 
 def test_saving_again_replaces_the_directory(decoder, saved):
     state = read_tokens(decoder, random_tokens(2, 7), decoder.new_state(2)).state
-    save_state(state, saved)
-    assert load_state(saved, decoder.config.memory_layout).position.tolist() == [7, 7]
+    decoder.save_state(state, saved)
+    assert decoder.load_state(saved).position.tolist() == [7, 7]
     assert [path.name for path in saved.parent.iterdir()] == ["notes"]
 
 
 def test_a_directory_cut_short_is_refused_by_name(decoder, saved):
-    layout = decoder.config.memory_layout
     tensors = saved / "tensors.safetensors"
     content = tensors.read_bytes()
     tensors.write_bytes(content[:-1])
     with pytest.raises(CheckpointError, match=r"tensors\.safetensors must have \d+ bytes"):
-        load_state(saved, layout)
+        decoder.load_state(saved)
     tensors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="checksum differs"):
-        load_state(saved, layout)
+        decoder.load_state(saved)
     (saved / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"notes is not complete: it has no manifest\.json"):
-        load_state(saved, layout)
+        decoder.load_state(saved)
     with pytest.raises(CheckpointError, match="There is no directory"):
-        load_state(saved / "nothing", layout)
+        decoder.load_state(saved / "nothing")
 
 
 def test_another_format_is_refused(decoder, saved):
@@ -63,22 +64,18 @@ def test_another_format_is_refused(decoder, saved):
     with pytest.raises(
         CheckpointError, match="version 1, found byheart-memory-state of version 99"
     ):
-        load_state(saved, decoder.config.memory_layout)
+        decoder.load_state(saved)
     (saved / MANIFEST).write_text("{}")
     with pytest.raises(CheckpointError, match="not a manifest that byheart wrote"):
-        load_state(saved, decoder.config.memory_layout)
+        decoder.load_state(saved)
 
 
 def test_a_state_of_another_model_is_refused(decoder, saved):
-    other = tiny_config(xl_cache_length=5).memory_layout
+    other = tiny_decoder(tiny_config(xl_cache_length=5))
     with pytest.raises(MemoryStateError, match=r"notes was made for another model"):
-        load_state(saved, other)
+        other.load_state(saved)
     with pytest.raises(MemoryStateError, match="fingerprint"):
-        load_state(
-            saved,
-            decoder.config.memory_layout,
-            fingerprint=model_fingerprint(tiny_decoder(seed=1)),
-        )
+        tiny_decoder(seed=1).load_state(saved)
 
 
 def test_a_disk_that_is_full_leaves_the_old_directory(decoder, saved, monkeypatch):
@@ -88,10 +85,59 @@ def test_a_disk_that_is_full_leaves_the_old_directory(decoder, saved, monkeypatc
     monkeypatch.setattr("byheart.memory.files.save_file", full)
     state = read_tokens(decoder, random_tokens(2, 7), decoder.new_state(2)).state
     with pytest.raises(OSError, match="No space left"):
-        save_state(state, saved)
+        decoder.save_state(state, saved)
     monkeypatch.undo()
-    assert load_state(saved, decoder.config.memory_layout).position.tolist() == [24, 24]
+    assert decoder.load_state(saved).position.tolist() == [24, 24]
     assert [path.name for path in saved.parent.iterdir()] == ["notes"]
+
+
+def test_a_save_killed_between_its_two_renames_is_finished_on_loading(decoder, saved):
+    state = read_tokens(decoder, random_tokens(2, 7), decoder.new_state(2)).state
+    new = saved.with_name("new")
+    decoder.save_state(state, new)
+    # no process has this number: Linux counts to 2^22
+    saved.rename(saved.with_name(".notes.old"))
+    new.rename(saved.with_name(".notes.partial-99999999"))
+    assert decoder.load_state(saved).position.tolist() == [7, 7]
+    assert [path.name for path in saved.parent.iterdir()] == ["notes"]
+
+
+def test_a_save_killed_before_its_second_rename_without_a_complete_one_keeps_the_old(
+    decoder, saved
+):
+    partial = saved.with_name(".notes.partial-99999999")
+    partial.mkdir()
+    (partial / "tensors.safetensors").write_bytes(b"cut")
+    saved.rename(saved.with_name(".notes.old"))
+    assert decoder.load_state(saved).position.tolist() == [24, 24]
+    assert [path.name for path in saved.parent.iterdir()] == ["notes"]
+
+
+def test_a_disk_that_is_full_for_real_is_named(decoder, saved):
+    state = read_tokens(decoder, random_tokens(2, 7), decoder.new_state(2)).state
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(CheckpointError, match="notes could not be written"):
+            decoder.save_state(state, saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert decoder.load_state(saved).position.tolist() == [24, 24]
+
+
+def test_search_and_precision_are_those_of_the_model_that_loads(decoder, saved):
+    memory = KnnMemoryConfig(
+        layers=(1,), memory_size=40, top_k=5, search="strided_bucket", dtype="bfloat16"
+    )
+    other = tiny_decoder(tiny_config(memory=memory))
+    other.load_state_dict(decoder.state_dict())
+    state = decoder.new_state(2, memory_size=40)
+    decoder.save_state(read_tokens(decoder, random_tokens(2, 24), state).state, saved)
+    store = other.load_state(saved).stores[1]
+    assert store.num_buckets == 5
+    assert store.keys.dtype == torch.bfloat16
 
 
 def test_the_fingerprint_depends_on_every_weight(decoder):

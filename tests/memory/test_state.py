@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 import torch
 
 from byheart.errors import MemoryStateError
 from byheart.memory.config import KnnMemoryConfig
+from byheart.memory.dense import DenseStore
 from byheart.memory.state import MemoryState
 from byheart.models.streaming import read_tokens
 from byheart.testing.tiny import random_tokens, tiny_config, tiny_decoder
@@ -119,10 +122,63 @@ def test_sizes_out_of_range_are_refused(decoder):
         plain.new_state(1, memory_size=5)
 
 
-def test_commit_refuses_another_batch(decoder):
+def test_commit_refuses_entries_of_another_batch_or_model(decoder):
     entries = decoder(random_tokens(3, 3)).new_entries
-    with pytest.raises(MemoryStateError, match="must have the state's 2 rows, got 3"):
+    with pytest.raises(MemoryStateError, match=r"\(2, 3, 8\), got 2 layers with \[\(3, 3, 8\)\]"):
         decoder.new_state(2).commit(entries)
+    deeper = tiny_decoder(tiny_config(num_layers=3)).new_state(3)
+    with pytest.raises(MemoryStateError, match="must be of 3 layers"):
+        deeper.commit(entries)
+
+
+def test_a_pass_is_committed_once_and_a_refusal_changes_nothing(decoder):
+    tokens = random_tokens(2, 9)
+    state = decoder.new_state(2)
+    first = decoder(tokens[:, :3], state=state).new_entries
+    state = state.commit(first)
+    with pytest.raises(MemoryStateError, match=r"have read \[3, 3\] tokens, got .* \[0, 0\]"):
+        state.commit(first)
+    second = decoder(tokens[:, 3:6], state=state).new_entries
+    too_long = dataclasses.replace(second, num_tokens=torch.tensor([3, 5]))
+    with pytest.raises(MemoryStateError, match=r"inside a segment of 7 tokens, got .* \[6, 8\]"):
+        state.commit(too_long)
+    assert state.commit(second).position.tolist() == [6, 6]
+
+
+def test_padding_wider_than_a_segment_changes_nothing(decoder):
+    tokens, num_tokens = random_tokens(2, 10), torch.tensor([5, 7])
+    states = []
+    for width in (7, 10):
+        out = decoder(tokens[:, :width], state=(s := decoder.new_state(2)), num_tokens=num_tokens)
+        states.append(s.commit(out.new_entries))
+    rest = random_tokens(2, 30, seed=4)
+    narrow, wide = (read_tokens(decoder, rest, s, return_logits=True).logits for s in states)
+    torch.testing.assert_close(narrow, wide)
+
+
+@pytest.mark.parametrize("wrong", [[4, 3], [-1, 3]])
+def test_counts_that_the_columns_do_not_have_are_refused(decoder, wrong):
+    match = f"between 0 and the 3 columns of input_ids, got {wrong[0]} for row 0"
+    for read in (
+        lambda: decoder(random_tokens(2, 3), num_tokens=torch.tensor(wrong)),
+        lambda: read_tokens(
+            decoder, random_tokens(2, 3), decoder.new_state(2), num_tokens=torch.tensor(wrong)
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            read()
+
+
+def test_a_store_of_your_own_is_used(decoder):
+    made = []
+
+    def make(*shape):
+        made.append(shape)
+        return DenseStore.empty(*shape)
+
+    state = decoder.new_state(2, make_store=make)
+    assert made == [(2, 3, 41, 8)]
+    read_tokens(decoder, random_tokens(2, 21), state)
 
 
 def test_the_memory_can_be_larger_or_smaller_than_configured(decoder):

@@ -6,6 +6,7 @@ import torch
 from byheart.memory.config import KnnMemoryConfig
 from byheart.models.config import PRESETS, DecoderConfig, preset
 from byheart.models.decoder import Decoder
+from byheart.models.streaming import read_tokens
 from byheart.testing.tiny import random_tokens, tiny_config, tiny_decoder
 
 
@@ -93,7 +94,38 @@ def test_metrics_name_gates_and_scales():
     }  # fmt: skip
 
 
-def test_bfloat16_autocast_reads_memory_in_float32():
+@pytest.mark.parametrize("store", ["dense", "faiss"])
+def test_autocast_changes_nothing_of_what_a_memory_answers(store):
+    memory = KnnMemoryConfig(layers=(1,), memory_size=41, top_k=5, store=store)
+    decoder = tiny_decoder(tiny_config(memory=memory))
+    state = read_tokens(decoder, random_tokens(2, 28), decoder.new_state(2)).state
+    queries = torch.randn(2, 3, 7, 8)
+    exact = state.stores[1].attend(queries, torch.ones(3), 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = state.stores[1].attend(queries, torch.ones(3), 5)
+    assert torch.equal(exact.output, cast.output)
+    assert torch.equal(exact.logsumexp, cast.logsumexp)
+
+
+def test_a_preset_with_another_depth_keeps_its_memory_at_three_quarters():
+    assert preset("5m", 7, memory_size=64, num_layers=24).knn_memory.layers == (17,)
+    assert preset("5m", 7, memory_size=64, num_layers=2).knn_memory.layers == (0,)
+
+
+def test_settings_without_effect_are_refused():
+    with pytest.raises(ValueError, match="top_k has no effect without a memory, got 4"):
+        preset("5m", 7, top_k=4)
+    with pytest.raises(ValueError, match="attention_scale_init has no effect"):
+        DecoderConfig(vocab_size=7, normalize_qk=False, attention_scale_init=3.0)
+    joint = KnnMemoryConfig(layers=(1,), combine="joint")
+    with pytest.raises(ValueError, match="gate_bias_init has no effect"):
+        DecoderConfig(vocab_size=7, gate_bias_init=1.0, knn_memory=joint)
+    evicted = KnnMemoryConfig(layers=(1,), write="evicted")
+    with pytest.raises(ValueError, match=r"\(1024\) with .* got 512"):
+        DecoderConfig(vocab_size=7, window_length=512, knn_memory=evicted)
+
+
+def test_bfloat16_autocast_runs_and_keeps_the_memory_in_float32():
     decoder = tiny_decoder()
     state = decoder.new_state(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -6,13 +6,24 @@ from typing import Annotated
 import torch
 import typer
 
-from byheart.cli.common import Bar, err_console, open_run, print_json, progress_bar
+from byheart.cli.common import (
+    Bar,
+    DeviceOption,
+    FolderAsOption,
+    SkipBadOption,
+    SuffixOption,
+    TextKeyOption,
+    err_console,
+    find_device,
+    open_run,
+    print_json,
+    progress_bar,
+    reading_options,
+)
 from byheart.data.documents import iter_documents
 from byheart.data.tokenize import Tokenizer
-from byheart.memory.persistence import load_state, save_state
 from byheart.memory.state import MemoryState
 from byheart.models.decoder import Decoder
-from byheart.models.fingerprint import model_fingerprint
 from byheart.models.generate import SamplingConfig
 from byheart.models.generate import generate as generate_tokens
 from byheart.models.streaming import read_tokens
@@ -31,8 +42,12 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     *,
     read: Annotated[
-        Path | None, typer.Option(help="A text to read into memory before the prompt.")
+        Path | None, typer.Option(help="Text or folder to read into memory before the prompt.")
     ] = None,
+    folder_as: FolderAsOption = None,
+    skip_bad: SkipBadOption = False,
+    text_key: TextKeyOption = None,
+    suffix: SuffixOption = None,
     memory: Annotated[
         Path | None, typer.Option(help="Go on from a memory that --save-memory wrote.")
     ] = None,
@@ -45,21 +60,23 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Among the so many most likely.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Among those with this probability.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Continue a text, with everything read before it in memory."""
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
-    decoder, tokenizer, _ = open_run(model)
-    fingerprint = model_fingerprint(decoder)
+    reading = reading_options(folder_as, skip_bad, text_key, suffix)
+    place = find_device(device)
+    decoder, tokenizer, _ = open_run(model, place)
     if memory is not None:
-        state = load_state(memory, decoder.config.memory_layout, fingerprint=fingerprint)
+        state = decoder.load_state(memory)
     else:
         state = decoder.new_state(1, memory_size=memory_size)
     if read is not None:
-        text = "".join(document.text for document in iter_documents(read))
+        text = "".join(document.text for document in iter_documents(read, **reading))
         state = _read(decoder, state, _tokens(tokenizer, text, state))
     if save_memory is not None:
-        save_state(state, save_memory, fingerprint=fingerprint)
+        decoder.save_state(state, save_memory)
     num_read = int(state.position[0])
     ids = _tokens(tokenizer, prompt, state)
     if ids.shape[1] == 0:
@@ -72,7 +89,7 @@ def generate(
         state=state,
         sampling=sampling,
         stop_id=tokenizer.start_id,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator(place).manual_seed(seed),
     )
     count = int(new.num_tokens[0])
     tokens = [token for token in new.tokens[0, :count].tolist() if token != tokenizer.start_id]
@@ -88,7 +105,7 @@ def _tokens(tokenizer: Tokenizer, text: str, state: MemoryState) -> torch.Tensor
     ids = [int(token) for token in tokenizer.encode(text)]
     if tokenizer.start_id is not None and int(state.position[0]) == 0:
         ids.insert(0, tokenizer.start_id)
-    return torch.tensor([ids], dtype=torch.long)
+    return torch.tensor([ids], dtype=torch.long, device=state.position.device)
 
 
 def _read(decoder: Decoder, state: MemoryState, ids: torch.Tensor) -> MemoryState:

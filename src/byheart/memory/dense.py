@@ -200,12 +200,10 @@ class DenseStore:
         Returns:
             Attention over the retrieved entries.
         """
-        # which neighbours are nearest, and their weights, are decided in float32
-        with torch.autocast(queries.device.type, enabled=False):
-            found = self.search(queries.detach(), top_k)
-            attended = gather_attend(
-                queries, scale, self.keys, self.values, found, empty_as_zero=self.empty_as_zero
-            )
+        found = self.search(queries.detach(), top_k)
+        attended = gather_attend(
+            queries, scale, self.keys, self.values, found, empty_as_zero=self.empty_as_zero
+        )
         assert attended.logsumexp is not None
         return MemoryRead(attended.output, attended.logsumexp, found)
 
@@ -265,15 +263,14 @@ class DenseStore:
         """Return the used slots and the counters.
 
         Returns:
-            Tensors that `load_state_dict` takes; they share nothing with the store.
+            Copies in main memory, which `load_state_dict` takes.
         """
         self.require_current()
         num_used = self._num_used(self.num_written)
-        contiguous = torch.contiguous_format
         return {
-            "keys": self.keys[:, :, :num_used].clone(memory_format=contiguous),
-            "values": self.values[:, :, :num_used].clone(memory_format=contiguous),
-            "num_written": self.num_written.clone(),
+            "keys": self.keys[:, :, :num_used].to("cpu", copy=True).contiguous(),
+            "values": self.values[:, :, :num_used].to("cpu", copy=True).contiguous(),
+            "num_written": self.num_written.to("cpu", copy=True),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> "DenseStore":

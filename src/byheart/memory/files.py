@@ -100,19 +100,68 @@ def complete_directory(directory: Path, content: Mapping[str, Any]) -> Iterator[
 
     Yields:
         A directory to write into. If that raises, nothing has changed.
+
+    Raises:
+        CheckpointError: If tensors could not be written.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # a process that was killed while saving leaves its partial directory behind
-    for left in directory.parent.glob(f".{glob.escape(directory.name)}.partial-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    recover(directory)
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         yield partial
         write_manifest(partial, content)
         _replace(partial, directory)
+    except SafetensorError as error:
+        msg = (
+            f"{directory} could not be written: {error}. See that the disk has room; what was "
+            "there before is unchanged."
+        )
+        raise CheckpointError(msg) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def recover(directory: Path) -> None:
+    """Tidy up after a process that was killed while it replaced a directory.
+
+    Between the two renames neither the old nor the new directory has its name. The new one is
+    complete then, and takes it. Other left-overs of dead processes are removed.
+
+    Args:
+        directory: The directory by its name.
+    """
+    name = glob.escape(directory.name)
+    left = [
+        path for path in directory.parent.glob(f".{name}.partial-*") if not _is_alive(path.name)
+    ]
+    old = directory.with_name(f".{directory.name}.old")
+    if not directory.exists():
+        complete = [path for path in left if (path / MANIFEST).is_file()]
+        found = max(complete, key=lambda path: path.stat().st_mtime, default=old)
+        if found.exists():
+            found.rename(directory)
+    for path in (*left, old):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(partial_name: str) -> bool:
+    """Say whether the process that writes a partial directory still runs.
+
+    Returns:
+        `True` also for this process, whose own partial directory is made anew.
+    """
+    process = partial_name.rpartition("-")[2]
+    if not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def save_directory(
@@ -131,10 +180,7 @@ def save_directory(
 
 
 def _replace(new: Path, target: Path) -> None:
-    """Rename a complete directory into place.
-
-    A crash in between leaves the old one under `.NAME.old`, which `load_directory` names.
-    """
+    """Rename a complete directory into place; `recover` mends a crash in between."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -153,10 +199,9 @@ def load_directory(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: If the directory is incomplete or damaged.
     """
+    recover(directory)
     if not directory.exists():
-        old = directory.with_name(f".{directory.name}.old")
-        hint = f" The previous one is {old}." if old.exists() else ""
-        msg = f"There is no directory {directory}.{hint}"
+        msg = f"There is no directory {directory}. Check the path."
         raise CheckpointError(msg)
     manifest = read_manifest(directory)
     try:

@@ -19,7 +19,7 @@ FORMAT = "byheart-memory-state"
 FORMAT_VERSION = 1
 
 
-def save_state(state: MemoryState, directory: str | Path, *, fingerprint: str = "") -> None:
+def save_state(state: MemoryState, directory: str | Path, *, fingerprint: str) -> None:
     """Write a state to a directory (safetensors and a JSON manifest).
 
     The directory is replaced only when the new one is complete; a crash loses nothing.
@@ -45,15 +45,16 @@ def load_state(
     directory: str | Path,
     layout: MemoryLayout,
     *,
-    fingerprint: str = "",
+    fingerprint: str,
     device: torch.device | None = None,
 ) -> MemoryState:
     """Read a state that `save_state` wrote.
 
     Args:
         directory: Where it is.
-        layout: The layout of the model that will use it.
-        fingerprint: If given, the state must have been made by weights with this fingerprint.
+        layout: The layout of the model that will use it. Search, store and precision of the memory
+            are this model's, whatever they were when the state was saved.
+        fingerprint: Identifies the weights that will use the state: those that made it.
         device: Where the state shall live.
 
     Returns:
@@ -68,7 +69,7 @@ def load_state(
     saved_layout = from_dict(MemoryLayout, manifest["layout"])
     layout.require_same(saved_layout, f"The memory state {directory}")
     saved_fingerprint = manifest["model_fingerprint"]
-    if fingerprint and saved_fingerprint and fingerprint != saved_fingerprint:
+    if fingerprint != saved_fingerprint:
         msg = (
             f"The memory state {directory} was made by a model with fingerprint "
             f"{saved_fingerprint[:12]}, this one has {fingerprint[:12]}. "
@@ -76,9 +77,9 @@ def load_state(
         )
         raise MemoryStateError(msg)
     empty = MemoryState.empty(
-        saved_layout,
+        layout,
         manifest["batch_size"],
-        memory_size=manifest["memory_size"] if saved_layout.knn_memory else None,
+        memory_size=manifest["memory_size"] if layout.knn_memory else None,
         dtype=tensors["xl_cache.0.keys"].dtype,
     )
     state = with_tensors(empty, tensors)

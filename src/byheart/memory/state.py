@@ -8,10 +8,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from byheart.errors import MemoryStateError
-from byheart.memory.dense import DenseStore, Lease, overwrite
+from byheart.memory.dense import Lease, overwrite
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.ring import RingCursor
 from byheart.memory.store import KeyValues, MemoryStore
+from byheart.memory.stores import MakeStore, empty_stores
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,6 +25,8 @@ class NewEntries:
     """Real tokens of each row: the first so many columns."""
     document_start: Bool[Tensor, " batch"]
     """Rows that began a document with this pass."""
+    position: Int[Tensor, " batch"]
+    """Tokens of its document that each row had read before the pass."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,6 +67,7 @@ class MemoryState:
         memory_size: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        make_store: MakeStore | None = None,
     ) -> "MemoryState":
         """Make a state in which no row has read anything.
 
@@ -74,6 +78,8 @@ class MemoryState:
                 off.
             dtype: Precision of the XL caches; the kNN memory's is part of the layout.
             device: Where the state lives.
+            make_store: Builds the store of a memory layer, for stores of your own; `None` for the
+                store that the layout names.
 
         Returns:
             The empty state.
@@ -95,7 +101,7 @@ class MemoryState:
             num_cached=zeros,
             pending=None,
             num_pending=zeros,
-            stores=_empty_stores(layout, batch_size, memory_size, device),
+            stores=empty_stores(layout, batch_size, memory_size, device, make_store),
             position=zeros,
         )
 
@@ -158,25 +164,16 @@ class MemoryState:
             The next state; this one is used up.
 
         Raises:
-            MemoryStateError: If the entries have another number of rows, or cross the end of a
-                segment.
+            MemoryStateError: If the entries are of another shape, were made from another state, or
+                cross the end of a segment. The state is then as it was.
         """
-        if new.num_tokens.shape[0] != self.batch_size:
-            msg = (
-                f"New entries must have the state's {self.batch_size} rows, got "
-                f"{new.num_tokens.shape[0]}. Commit to the state that was read."
-            )
-            raise MemoryStateError(msg)
-        turn = self._lease.take_turn(self._turn)
+        self.require_current()
+        _check_shapes(self, new)
         state = self.start_documents(new.document_start)
         num_pending = state.num_pending + new.num_tokens
+        _check_continues(state, new, num_pending)
+        turn = self._lease.take_turn(self._turn)
         segment_length = self.layout.segment_length
-        if bool((num_pending > segment_length).any()):
-            msg = (
-                f"A pass must stay inside a segment of {segment_length} tokens, got rows with "
-                f"{num_pending.tolist()}. Use byheart.read_tokens, which cuts at segment ends."
-            )
-            raise MemoryStateError(msg)
         segment = _add_to_segment(state.pending, state, new)
         complete = num_pending == segment_length
         any_pending = bool((num_pending * ~complete).any())
@@ -257,10 +254,12 @@ class MemoryState:
         """Move the state.
 
         Returns:
-            The state on `device`.
+            A state of its own on `device`; this one if it is there already.
         """
         self.require_current()
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device
+        if device == self.position.device:
+            return self
         return replace(
             self,
             xl_cache=_each(self.xl_cache, lambda side: side.to(device)),
@@ -269,44 +268,56 @@ class MemoryState:
             num_pending=self.num_pending.to(device),
             position=self.position.to(device),
             stores={layer: store.to(device) for layer, store in self.stores.items()},
+            _lease=Lease(),
+            _turn=0,
         )
-
-
-def _empty_stores(
-    layout: MemoryLayout, batch_size: int, memory_size: int | None, device: torch.device | None
-) -> dict[int, MemoryStore]:
-    knn = layout.knn_memory
-    size = memory_size if memory_size is not None or knn is None else knn.memory_size
-    if size is not None and size < 0:
-        msg = f"memory_size must be 0 (no memory) or more, got {size}."
-        raise ValueError(msg)
-    if knn is None or not size:
-        if knn is None and size:
-            msg = f"The model has no kNN memory, got memory_size={size}. Pass memory_size=None."
-            raise ValueError(msg)
-        return {}
-    shape = (batch_size, layout.num_kv_heads, size, layout.head_dim)
-    if knn.store == "faiss":
-        from byheart.memory.faiss_store import FaissStore
-
-        return {layer: FaissStore.empty(*shape, dtype=knn.torch_dtype) for layer in knn.layers}
-    num_buckets = (knn.num_buckets or knn.top_k) if knn.search == "strided_bucket" else None
-    return {
-        layer: DenseStore.empty(
-            *shape,
-            dtype=knn.torch_dtype,
-            device=device,
-            num_buckets=num_buckets,
-            empty_as_zero=layout.empty_slots == "zeros",
-        )
-        for layer in knn.layers
-    }
 
 
 def _each(
     layers: tuple[KeyValues, ...], function: Callable[[Tensor], Tensor]
 ) -> tuple[KeyValues, ...]:
     return tuple(KeyValues(function(keys), function(values)) for keys, values in layers)
+
+
+def _check_shapes(state: MemoryState, new: NewEntries) -> None:
+    """Refuse entries of another batch or model.
+
+    Raises:
+        MemoryStateError: If rows, layers, heads or their width differ.
+    """
+    layout = state.layout
+    expected = (state.batch_size, layout.num_kv_heads, layout.head_dim)
+    shapes = {(*side.shape[:2], side.shape[3]) for layer in new.layers for side in layer}
+    if len(new.layers) != layout.num_layers or shapes != {expected}:
+        msg = (
+            f"New entries must be of {layout.num_layers} layers with (rows, heads, head_dim) = "
+            f"{expected}, got {len(new.layers)} layers with {sorted(shapes)}. Commit to the state "
+            "that was read."
+        )
+        raise MemoryStateError(msg)
+
+
+def _check_continues(state: MemoryState, new: NewEntries, num_pending: Tensor) -> None:
+    """Refuse entries that do not continue what the rows have read.
+
+    Raises:
+        MemoryStateError: If they follow something else, or cross the end of a segment.
+    """
+    layout = state.layout
+    continues = new.position == state.position
+    if not bool((continues & (num_pending <= layout.segment_length)).all()):
+        if not bool(continues.all()):
+            msg = (
+                f"New entries must continue rows that have read {state.position.tolist()} tokens, "
+                f"got entries that follow {new.position.tolist()}. Commit each pass once, to the "
+                "state that it read."
+            )
+        else:
+            msg = (
+                f"A pass must stay inside a segment of {layout.segment_length} tokens, got rows "
+                f"with {num_pending.tolist()}. Use byheart.read_tokens, which cuts at segment ends."
+            )
+        raise MemoryStateError(msg)
 
 
 def _add_to_segment(
@@ -319,20 +330,21 @@ def _add_to_segment(
         so many.
     """
     length = state.layout.segment_length
-    width = new.layers[0].keys.shape[2]
+    width = min(length, new.layers[0].keys.shape[2])
     if old is None and width == length and bool((new.num_tokens == length).all()):
-        return new.layers
+        return _each(new.layers, lambda side: side[:, :, :length])
     columns = torch.arange(width, device=new.num_tokens.device)
     keep = columns < new.num_tokens[:, None]
     # columns that are not kept go round to slots behind the kept ones and are written back
-    slots = RingCursor(memory_size=max(length, width), num_written=state.num_pending).claim(keep)
+    slots = RingCursor(memory_size=length, num_written=state.num_pending).claim(keep)
     if old is None:
         old = _each(
             new.layers, lambda side: side.new_zeros((*side.shape[:2], length, side.shape[3]))
         )
     for target, source in zip(old, new.layers, strict=True):
         for storage, entries in zip(target, source, strict=True):
-            overwrite(storage, entries, slots, keep)
+            # what is wider than a segment is padding
+            overwrite(storage, entries[:, :, :width], slots, keep)
     return old
 
 

@@ -6,6 +6,8 @@ from typing import Literal
 from byheart.memory.config import KnnMemoryConfig
 from byheart.memory.layout import MemoryLayout
 
+_SCALE = 10.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig:
@@ -31,15 +33,16 @@ class DecoderConfig:
     xl_cache_length: int = 512
     """Previous tokens whose keys and values every layer keeps (Transformer-XL); 0 for none."""
     window_length: int | None = None
-    """Previous tokens that each token sees locally; `None`: the larger of `segment_length` and
-    `xl_cache_length`."""
+    """Previous tokens that each token sees locally, as far as the XL cache and its segment hold
+    them; `None`: the larger of `segment_length` and `xl_cache_length`, or with
+    `knn_memory.write='evicted'` their sum, so that no token is in neither window nor memory."""
     self_visible: bool = False
     """Whether a token attends to itself (the authors: not)."""
     position_bias: Literal["t5", "none"] = "t5"
     """Relative bias of local attention; retrieved entries never get one."""
     normalize_qk: bool = True
     """Scale queries and keys to length 1, and scores by a learned factor per head."""
-    attention_scale_init: float = 10.0
+    attention_scale_init: float = _SCALE
     """First value of that factor. The authors start at 1 under Adafactor; AdamW does not get it
     from there to about 10 in a reasonable time."""
     gate_bias_init: float = 0.0
@@ -72,6 +75,12 @@ class DecoderConfig:
         if self.attention_scale_init <= 0:
             msg = f"attention_scale_init must be above 0, got {self.attention_scale_init}."
             raise ValueError(msg)
+        if not self.normalize_qk and self.attention_scale_init != _SCALE:
+            msg = (
+                f"attention_scale_init has no effect with normalize_qk=False, got "
+                f"{self.attention_scale_init}: the scale then starts at 1 / sqrt(head_dim)."
+            )
+            raise ValueError(msg)
         if self.knn_memory is not None:
             self._check_memory(self.knn_memory)
 
@@ -89,6 +98,20 @@ class DecoderConfig:
                 f"{self.num_layers} layers), got {outside[0]}."
             )
             raise ValueError(msg)
+        everything = self.segment_length + self.xl_cache_length
+        if knn.write == "evicted" and self.window < everything:
+            msg = (
+                f"window_length must be segment_length + xl_cache_length ({everything}) with "
+                f"knn_memory.write='evicted', got {self.window_length}: tokens between the window "
+                "and the memory would be seen nowhere. Leave window_length out."
+            )
+            raise ValueError(msg)
+        if knn.combine == "joint" and self.gate_bias_init != 0:
+            msg = (
+                f"gate_bias_init has no effect with knn_memory.combine='joint', got "
+                f"{self.gate_bias_init}. Leave it out, or use combine='gate'."
+            )
+            raise ValueError(msg)
         if knn.store == "faiss" and self.empty_slots == "zeros":
             msg = (
                 "empty_slots='zeros' needs knn_memory.store='dense', got 'faiss': only the exact "
@@ -102,7 +125,11 @@ class DecoderConfig:
     @property
     def window(self) -> int:
         """Previous tokens that each token sees locally."""
-        return self.window_length or max(self.segment_length, self.xl_cache_length)
+        if self.window_length is not None:
+            return self.window_length
+        if self.knn_memory is not None and self.knn_memory.write == "evicted":
+            return self.segment_length + self.xl_cache_length
+        return max(self.segment_length, self.xl_cache_length)
 
     @property
     def memory_layout(self) -> MemoryLayout:
@@ -143,7 +170,7 @@ paper's 151M (184M with its embedding of 32K)."""
 
 
 def preset(
-    name: str, vocab_size: int, *, memory_size: int = 0, top_k: int = 32, **changes: object
+    name: str, vocab_size: int, *, memory_size: int = 0, top_k: int | None = None, **changes: object
 ) -> DecoderConfig:
     """Return the config of a named size.
 
@@ -152,21 +179,25 @@ def preset(
         vocab_size: Entries of the embedding.
         memory_size: Entries of the kNN memory in one layer at three quarters of the depth (the
             paper's 9th of 12); 0 for none.
-        top_k: Entries retrieved per query.
+        top_k: Entries retrieved per query; `None` for the paper's 32.
         changes: Any other field of `DecoderConfig`.
 
     Returns:
         The config.
 
     Raises:
-        ValueError: If there is no such size.
+        ValueError: If there is no such size, or `top_k` comes without a memory.
     """
     if name not in _PRESETS:
         msg = f"preset must be one of {', '.join(PRESETS)}, got {name!r}."
         raise ValueError(msg)
-    config = DecoderConfig(vocab_size=vocab_size, **_PRESETS[name])  # type: ignore[arg-type]
-    if memory_size:
-        layer = max(0, config.num_layers * 3 // 4 - 1)
-        knn = KnnMemoryConfig(layers=(layer,), memory_size=memory_size, top_k=top_k)
-        config = replace(config, knn_memory=knn)
-    return replace(config, **changes)  # type: ignore[arg-type]
+    if top_k is not None and not memory_size:
+        msg = f"top_k has no effect without a memory, got {top_k}. Pass memory_size, too."
+        raise ValueError(msg)
+    values: dict[str, object] = {**_PRESETS[name], **changes}
+    config = DecoderConfig(vocab_size=vocab_size, **values)  # type: ignore[arg-type]
+    if not memory_size:
+        return config
+    layer = max(0, config.num_layers * 3 // 4 - 1)
+    knn = KnnMemoryConfig(layers=(layer,), memory_size=memory_size, top_k=top_k or 32)
+    return replace(config, knn_memory=knn)

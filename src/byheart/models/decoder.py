@@ -1,15 +1,20 @@
 """The Memorizing Transformer from scratch: `Decoder`."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from byheart.memory.persistence import load_state, save_state
 from byheart.memory.state import MemoryState, NewEntries
 from byheart.memory.store import KeyValues, MemoryStore
+from byheart.memory.stores import MakeStore
 from byheart.models.attention import Attention
 from byheart.models.config import DecoderConfig
+from byheart.models.fingerprint import model_fingerprint
 from byheart.models.init import initialize
 from byheart.models.local import LocalContext
 from byheart.models.norm import RMSNorm
@@ -94,6 +99,7 @@ class Decoder(nn.Module):
         *,
         memory_size: int | None = None,
         device: torch.device | None = None,
+        make_store: MakeStore | None = None,
     ) -> MemoryState:
         """Make a state in which no row has read anything.
 
@@ -102,6 +108,8 @@ class Decoder(nn.Module):
             memory_size: Entries per row and head, if not the config's; 0 switches the kNN memory
                 off. A model may read a larger memory than it was trained with.
             device: Where the state lives; `None` for the model's device.
+            make_store: Makes the store of a memory layer, for stores of your own; `None` for the
+                store that the config names.
 
         Returns:
             The empty state.
@@ -112,6 +120,33 @@ class Decoder(nn.Module):
             batch_size,
             memory_size=memory_size,
             device=weight.device if device is None else device,
+            make_store=make_store,
+        )
+
+    def save_state(self, state: MemoryState, directory: str | os.PathLike[str]) -> None:
+        """Write a state of this model to a directory, with a fingerprint of the weights.
+
+        Args:
+            state: What to save.
+            directory: Where to. It is replaced only when the new one is complete.
+        """
+        self.config.memory_layout.require_same(state.layout, "The memory state")
+        save_state(state, Path(directory), fingerprint=model_fingerprint(self))
+
+    def load_state(self, directory: str | os.PathLike[str]) -> MemoryState:
+        """Read a state that these weights have made.
+
+        Args:
+            directory: Where `save_state` has written it.
+
+        Returns:
+            The state, on the model's device.
+        """
+        return load_state(
+            Path(directory),
+            self.config.memory_layout,
+            fingerprint=model_fingerprint(self),
+            device=self.embedding.weight.device,
         )
 
     def forward(
@@ -142,7 +177,8 @@ class Decoder(nn.Module):
 
         Raises:
             MemoryStateError: If the state is used up or was made for another model.
-            ValueError: If a row crosses the end of its segment, or the batch sizes differ.
+            ValueError: If a row crosses the end of its segment, `num_tokens` is out of range, or
+                the batch sizes differ.
         """
         batch, num_queries = input_ids.shape
         if state is None:
@@ -153,6 +189,7 @@ class Decoder(nn.Module):
             num_tokens = torch.full((batch,), num_queries, device=input_ids.device)
         self._check(state, batch)
         state = state.start_documents(document_start)
+        require_columns(num_tokens, num_queries)
         _require_inside_segment(state, num_tokens)
         local = LocalContext.of(
             state, num_queries, self.config.window, self_visible=self.config.self_visible
@@ -164,7 +201,10 @@ class Decoder(nn.Module):
             entries.append(KeyValues(new.keys.detach(), new.values.detach()))
         hidden = self.dropout(self.norm(hidden))
         new_entries = NewEntries(
-            layers=tuple(entries), num_tokens=num_tokens, document_start=document_start
+            layers=tuple(entries),
+            num_tokens=num_tokens,
+            document_start=document_start,
+            position=state.position,
         )
         return self._output(hidden, labels, new_entries, return_logits=return_logits)
 
@@ -213,6 +253,26 @@ class Decoder(nn.Module):
                 metrics[f"gate/layer{layer}/min"] = gate.min().item()
                 metrics[f"gate/layer{layer}/max"] = gate.max().item()
         return metrics
+
+
+def require_columns(num_tokens: Int[Tensor, " batch"], width: int) -> None:
+    """Refuse counts of tokens that the columns of an input do not have.
+
+    Args:
+        num_tokens: Tokens of each row.
+        width: Columns of the input.
+
+    Raises:
+        ValueError: If a count is negative or larger than `width`.
+    """
+    wrong = (num_tokens < 0) | (num_tokens > width)
+    if bool(wrong.any()):
+        row = int(wrong.long().argmax())
+        msg = (
+            f"num_tokens must be between 0 and the {width} columns of input_ids, got "
+            f"{int(num_tokens[row])} for row {row}."
+        )
+        raise ValueError(msg)
 
 
 def _require_inside_segment(state: MemoryState, num_tokens: Int[Tensor, " batch"]) -> None:

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from byheart.memory.state import MemoryState
-from byheart.models.decoder import Decoder
+from byheart.models.decoder import Decoder, require_columns
 
 
 class ReadResult(NamedTuple):
@@ -49,6 +49,7 @@ def read_tokens(
     batch, width = input_ids.shape
     device = input_ids.device
     left = num_tokens if num_tokens is not None else torch.full((batch,), width, device=device)
+    require_columns(left, width)
     vocab = decoder.config.vocab_size
     last_logits = torch.zeros(batch, vocab, device=device)
     logits = torch.zeros(batch, width, vocab, device=device) if return_logits else None

@@ -299,7 +299,10 @@ def _run_block(block: Block, config: DecoderConfig, x: Tensor, starts: Tensor) -
         output, new = block(hidden, local, state.stores[0])
         outputs.append(output)
         entries = NewEntries(
-            layers=(KeyValues(new.keys, new.values),), num_tokens=num_tokens, document_start=start
+            layers=(KeyValues(new.keys, new.values),),
+            num_tokens=num_tokens,
+            document_start=start,
+            position=state.position,
         )
         state = state.commit(entries)
     return torch.stack(outputs)
