@@ -122,3 +122,17 @@ def test_half_precision_stays_close_and_free_of_nan(dtype):
     torch.testing.assert_close(half.logsumexp.double(), exact.logsumexp, atol=0.1, rtol=0.1)
     for gradient in torch.autograd.grad(half.output.float().sum(), inputs):
         assert gradient.isfinite().all()
+
+
+def test_autocast_computes_scores_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = torch.randn(3, 2, 3, 17, 5, generator=generator)
+    bias = torch.zeros(3, 18)
+    cache_valid = torch.zeros(2, 0, dtype=torch.bool)
+    arguments = (10 * queries, keys, values, bias, cache_valid)
+    exact = window_attention(*arguments, self_visible=True, need_logsumexp=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = window_attention(*arguments, self_visible=True, need_logsumexp=True)
+    torch.testing.assert_close(cast.logsumexp, exact.logsumexp)
+    # weights and values are rounded to bfloat16, the scores are not
+    torch.testing.assert_close(cast.output.float(), exact.output, atol=0.02, rtol=0.02)

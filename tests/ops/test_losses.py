@@ -83,3 +83,25 @@ def test_labels_outside_of_the_vocabulary_are_refused(chunk_size):
     hidden, weight = torch.randn(3, 7), torch.randn(11, 7)
     with pytest.raises(ValueError, match="between 0 and 10, got -100 to 11"):
         cross_entropy(hidden, weight, torch.tensor([-100, 3, 11]), chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [5, 100])
+def test_autocast_gives_the_gradient_of_the_loss_that_it_gives(chunk_size):
+    """Shifting all logits alike changes no loss, so the gradient has no part in that direction."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(13, 7, generator=generator, requires_grad=True)
+    direction = torch.randn(7, generator=generator)
+    weight = torch.randn(31, 7, generator=generator, requires_grad=True)
+    labels = torch.randint(0, 31, (13,), generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
+    plain = cross_entropy(hidden.bfloat16(), weight.bfloat16(), labels)
+    # the same rounded inputs; chunks add up in another order
+    torch.testing.assert_close(loss, plain, atol=1e-5, rtol=1e-5)
+    grads = torch.autograd.grad(loss.sum(), (hidden, weight))
+    expected = torch.autograd.grad(plain.sum(), (hidden, weight))
+    for grad, wanted in zip(grads, expected, strict=True):
+        # gradients of bfloat16 products carry bfloat16 rounding, 2^-8 of their largest terms
+        torch.testing.assert_close(grad, wanted, atol=0.05, rtol=0.02)
+    shift = (grads[1].sum(0) @ direction).abs()
+    assert shift < 0.02 * (grads[1] @ direction).abs().sum()

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -6,7 +8,15 @@ from hypothesis import strategies as st
 from byheart.ops import reference_search, search_cpu
 from byheart.ops.search import Neighbours, check_shapes, check_top_k, recall, top_k_inner_product
 from byheart.ops.search_cpu import num_buckets, scan_top_k
-from byheart.ops.search_select import EXCLUDED, GROUP, Buffers, largest, sort_packed, unpack
+from byheart.ops.search_select import (
+    EXCLUDED,
+    GROUP,
+    Buffers,
+    buffers_on,
+    largest,
+    sort_packed,
+    unpack,
+)
 
 BATCH, HEADS, KV_HEADS, QUERIES, ENTRIES, HEAD_DIM, TOP_K = 3, 10, 5, 7, 23, 11, 13
 
@@ -161,6 +171,26 @@ def test_keys_of_invalid_slots_are_never_looked_at(max_bytes):
     found = top_k_inner_product(queries, poisoned, valid, 3, max_bytes=max_bytes)
     assert_same(found, full_product(queries, keys, valid, 3), queries, keys)
     assert not found.valid[1].any()
+
+
+@pytest.mark.parametrize("scan_dtype", [torch.float32, torch.bfloat16])
+def test_a_later_search_does_not_touch_an_earlier_result(scan_dtype):
+    queries, keys, valid = make_inputs(entries=1009)
+    found = top_k_inner_product(queries, keys, valid, 3, scan_dtype=scan_dtype)
+    before = [x.clone() for x in found]
+    top_k_inner_product(-queries, keys, valid, 3, scan_dtype=scan_dtype)
+    assert all(map(torch.equal, found, before))
+
+
+def test_buffers_are_lent_to_one_search_at_a_time():
+    device = torch.device("cpu")
+    with buffers_on(device) as outer, buffers_on(device) as inner:
+        assert outer is not inner
+    with buffers_on(device) as again:
+        assert again is outer
+        again.take("large", (2**27,), torch.int8)
+    with buffers_on(device) as fresh:
+        assert fresh is not outer
 
 
 def test_rows_do_not_see_each_other():
@@ -323,3 +353,20 @@ def test_gpu_equals_cpu():
             queries.cuda(), keys.cuda(), valid.cuda(), TOP_K, max_bytes=max_bytes
         )
         assert_same(Neighbours(*(x.cpu() for x in found)), expected, queries, keys)
+
+
+def test_buffers_made_in_inference_mode_serve_outside_of_it():
+    queries, keys = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 1021, 7)
+    valid = torch.ones(2, 1021, dtype=torch.bool)
+    # buffers are kept per thread: a fresh one has none yet
+    with ThreadPoolExecutor(1) as thread:
+
+        def search():
+            return top_k_inner_product(queries, keys, valid, 5)
+
+        def search_for_inference():
+            with torch.inference_mode():
+                return search()
+
+        inference = thread.submit(search_for_inference).result()
+        assert torch.equal(inference.scores, thread.submit(search).result().scores)

@@ -57,18 +57,17 @@ def window_bias(
         The bias where the key is visible, a value below any score elsewhere.
     """
     heads, num_distances = distance_bias.shape
-    excluded = _excluded(distance_bias)
     num_keys = block_length + num_distances - 1
     nearest_last_HN = distance_bias.flip(-1)
     if not self_visible:
         nearest_last_HN = torch.cat(
-            [nearest_last_HN[:, :-1], nearest_last_HN.new_full((heads, 1), excluded)], dim=1
+            [nearest_last_HN[:, :-1], nearest_last_HN.new_full((heads, 1), EXCLUDED)], dim=1
         )
     # Rows of a Toeplitz matrix are one vector, shifted: repeating a vector of length n + 1 and
     # cutting the result into rows of length n shifts each row by one. Its gradient is a plain sum,
     # where indexing with a distance matrix would scatter every score back one by one.
     row_HN = torch.cat(
-        [nearest_last_HN, nearest_last_HN.new_full((heads, block_length), excluded)], dim=1
+        [nearest_last_HN, nearest_last_HN.new_full((heads, block_length), EXCLUDED)], dim=1
     )
     flat = row_HN.repeat(1, block_length)[:, : block_length * num_keys]
     return flat.view(heads, block_length, num_keys)
@@ -120,7 +119,7 @@ def window_attention(
     queries_BHNQD = torch.nn.functional.pad(queries, (0, 0, 0, tail)).view(
         batch, heads, num_blocks, block_length, head_dim
     )
-    scores_BHNQU = queries_BHNQD @ keys_BHNDU
+    scores_BHNQU = _scores(queries_BHNQD, keys_BHNDU)
     bias_HQU = window_bias(
         distance_bias.to(scores_BHNQU.dtype), block_length, self_visible=self_visible
     )
@@ -133,12 +132,13 @@ def window_attention(
     scores_BHNQU += bias_HQU[:, None]
     # a pass over all scores, saved where rows have full caches; only on a CPU is asking free
     if not hidden_BNU.is_cpu or bool(hidden_BNU.any()):
-        scores_BHNQU.masked_fill_(hidden_BNU[:, None, :, None], _excluded(scores_BHNQU))
-    output_BHNQD = torch.softmax(scores_BHNQU, dim=-1) @ values_BHNDU.transpose(-1, -2)
+        scores_BHNQU.masked_fill_(hidden_BNU[:, None, :, None], EXCLUDED)
+    weights_BHNQU = torch.softmax(scores_BHNQU, dim=-1).to(values.dtype)
+    output_BHNQD = weights_BHNQU @ values_BHNDU.transpose(-1, -2)
     output = output_BHNQD.reshape(batch, heads, -1, head_dim)[:, :, :num_queries]
     logsumexp = None
     if need_logsumexp:
-        logsumexp = torch.logsumexp(scores_BHNQU.to(wide_dtype(scores_BHNQU)), dim=-1)
+        logsumexp = torch.logsumexp(scores_BHNQU, dim=-1)
         logsumexp = logsumexp.reshape(batch, heads, -1)[:, :, :num_queries]
     sees_BQ = _sees_something(cache_valid, num_queries, window, self_visible=self_visible)
     return _silence(Attended(output, logsumexp), sees_BQ)
@@ -166,17 +166,25 @@ def masked_attention(
     Returns:
         Output and, if asked for, log of the softmax denominators.
     """
-    scores_BHQN = queries @ keys.transpose(-1, -2) + bias.to(queries.dtype)
-    scores_BHQN = scores_BHQN.masked_fill(~visible[:, None], _excluded(scores_BHQN))
-    output = torch.softmax(scores_BHQN, dim=-1) @ values
-    logsumexp = None
-    if need_logsumexp:
-        logsumexp = torch.logsumexp(scores_BHQN.to(wide_dtype(scores_BHQN)), dim=-1)
+    scores_BHQN = _scores(queries, keys.transpose(-1, -2)) + bias
+    scores_BHQN = scores_BHQN.masked_fill(~visible[:, None], EXCLUDED)
+    output = torch.softmax(scores_BHQN, dim=-1).to(values.dtype) @ values
+    logsumexp = torch.logsumexp(scores_BHQN, dim=-1) if need_logsumexp else None
     return _silence(Attended(output, logsumexp), visible.any(-1))
 
 
-def _excluded(scores: Tensor) -> float:
-    return max(EXCLUDED, torch.finfo(scores.dtype).min / 2)
+def _scores(queries: Tensor, transposed_keys: Tensor) -> Tensor:
+    """Multiply in `wide_dtype`, also under autocast.
+
+    Scores of 10 would be off by 0.02 in bfloat16, and the joint softmax compares them with exact
+    scores of the memory.
+
+    Returns:
+        The scores, unmasked.
+    """
+    wide = wide_dtype(queries)
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries.to(wide) @ transposed_keys.to(wide)
 
 
 def _sees_something(

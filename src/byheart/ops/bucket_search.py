@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from byheart.ops.search import Neighbours, check_finite, check_shapes, check_top_k
-from byheart.ops.search_select import EXCLUDED, Buffers, default_max_bytes
+from byheart.ops.search_select import EXCLUDED, Buffers, buffers_on, default_max_bytes
 
 
 def _bucket_maxima(
@@ -76,11 +76,10 @@ def strided_bucket_top_k(
     batch, heads, num_queries, _ = queries.shape
     repeats = heads // keys.shape[1]
     block = max(1, default_max_bytes(queries.device) // (4 * keys.shape[2]))
-    buffers = Buffers(queries.device)
     shape = (batch, heads, num_queries, kept)
     scores = torch.empty(shape, device=queries.device)
     slots = torch.empty(shape, dtype=torch.int64, device=queries.device)
-    with torch.autocast(queries.device.type, enabled=False):
+    with torch.autocast(queries.device.type, enabled=False), buffers_on(queries.device) as buffers:
         for row in range(batch):
             for head in range(heads):
                 keys_ND = keys[row, head // repeats].float()

@@ -47,9 +47,11 @@ def gather_attend(
         Wu et al. 2022, Memorizing Transformers, "kNN-augmented attention layer" (arXiv:2203.08913).
     """
     logit_of_empty = 0.0 if empty_as_zero else EXCLUDED
-    output, logsumexp = _GatherAttend.apply(  # type: ignore[no-untyped-call]
-        queries, scale, keys, values, found, logit_of_empty
-    )
+    # weights are computed in float32, and backward, which knows no autocast, computes them again
+    with torch.autocast(queries.device.type, enabled=False):
+        output, logsumexp = _GatherAttend.apply(  # type: ignore[no-untyped-call]
+            queries, scale, keys, values, found, logit_of_empty
+        )
     return Attended(output, logsumexp)
 
 

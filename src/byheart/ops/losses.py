@@ -20,7 +20,8 @@ def cross_entropy(
 ) -> Float[Tensor, " tokens"]:
     """Compute the loss of each position without holding all logits.
 
-    Logits are `hidden @ weight.T`, in float32 whatever the inputs are. With more than `chunk_size`
+    Logits are `hidden @ weight.T`, multiplied in the dtype of `hidden` (of autocast, where it is
+    on) and in float32 from there on. With more than `chunk_size`
     vocabulary entries the logits of one chunk are held at a time, and backward computes them again.
 
     Args:
@@ -40,15 +41,19 @@ def cross_entropy(
         msg = f"chunk_size must be at least 1, got {chunk_size}. Raise chunk_size."
         raise ValueError(msg)
     _check_labels(labels, weight.shape[0])
-    if weight.shape[0] <= chunk_size:
-        logits = (hidden @ weight.to(hidden.dtype).T).float()
-        return torch.nn.functional.cross_entropy(
-            logits, labels, ignore_index=IGNORED, reduction="none"
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    # backward runs outside of autocast, and must compute the logits that forward has computed
+    with torch.autocast(kind, enabled=False):
+        if weight.shape[0] <= chunk_size:
+            return torch.nn.functional.cross_entropy(
+                _logits(hidden, weight), labels, ignore_index=IGNORED, reduction="none"
+            )
+        loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, labels, chunk_size
         )
-    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, chunk_size
-    )
-    return loss
+        return loss
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:
@@ -97,8 +102,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             inside, local = _labels_inside(labels, start, chunk.shape[0])
             grad_logits.scatter_add_(1, local[:, None], -inside.float()[:, None])
             grad_logits *= grad_row
-            grad_hidden += grad_logits @ chunk.float()
-            grad_weight[start : start + chunk_size] = grad_logits.T @ hidden.float()
+            narrow = grad_logits.to(hidden.dtype)
+            grad_hidden += narrow @ chunk.to(hidden.dtype)
+            grad_weight[start : start + chunk_size] = narrow.T @ hidden
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 

@@ -15,6 +15,7 @@ from byheart.ops.search_select import (
     EXCLUDED,
     GROUP,
     Buffers,
+    buffers_on,
     default_max_bytes,
     product_top_k,
 )
@@ -162,6 +163,7 @@ def _search_rows(
     valid_BN: Tensor,
     top_k: int,
     limits: tuple[int, torch.dtype | None],
+    buffers: Buffers,
 ) -> Neighbours:
     """Search row by row on the CPU, each over its valid entries only.
 
@@ -169,7 +171,6 @@ def _search_rows(
         Neighbours of the grouped queries.
     """
     shape = (*queries_BGQD.shape[:3], top_k)
-    buffers = Buffers(queries_BGQD.device)
     scores = torch.full(shape, EXCLUDED)
     slots = torch.zeros(shape, dtype=torch.int64)
     is_valid = torch.zeros(shape, dtype=torch.bool)
@@ -190,7 +191,12 @@ def _search_rows(
 
 
 def _search_batch(
-    queries_BGQD: Tensor, keys_BGND: Tensor, valid_BN: Tensor, top_k: int, max_bytes: int
+    queries_BGQD: Tensor,
+    keys_BGND: Tensor,
+    valid_BN: Tensor,
+    top_k: int,
+    max_bytes: int,
+    buffers: Buffers,
 ) -> Neighbours:
     """Search all rows at once and mask what is not valid: no shape depends on the values.
 
@@ -212,7 +218,7 @@ def _search_batch(
         excluded_BN,
         top_k,
         max_bytes,
-        Buffers(queries_BGQD.device),
+        buffers,
     )
     is_valid = scores > EXCLUDED
     return Neighbours(scores, slots.masked_fill_(~is_valid, 0), is_valid)
@@ -286,7 +292,8 @@ def _search(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_finite(queries)
     shape = (*queries.shape[:3], top_k)
-    with torch.autocast(queries.device.type, enabled=False):
+    device = queries.device
+    with torch.autocast(device.type, enabled=False), buffers_on(device) as buffers:
         # query heads that share a key-value head become more queries of it
         repeats = shape[1] // keys.shape[1]
         queries_BGQD = queries.float().reshape(
@@ -295,10 +302,10 @@ def _search(
         score_bytes = 4 * shape[0] * shape[1] * shape[2] * keys.shape[2]
         fits = score_bytes <= max_bytes and scan_dtype is not torch.bfloat16
         if fits or not queries.is_cpu:
-            found = _search_batch(queries_BGQD, keys, valid, top_k, max_bytes)
+            found = _search_batch(queries_BGQD, keys, valid, top_k, max_bytes, buffers)
         else:
             limits = (max_bytes, scan_dtype)
-            found = _search_rows(queries_BGQD, keys, valid, top_k, limits)
+            found = _search_rows(queries_BGQD, keys, valid, top_k, limits, buffers)
     return found.scores.view(shape), found.slots.view(shape), found.valid.view(shape)
 
 

@@ -161,22 +161,25 @@ def _cut(coarsest_QG: Tensor, plan: _Plan, top_k: int, queries: _Queries) -> tup
     return cut_Q.float(), cut_Q.view(torch.int16)
 
 
-def _hits(coarsest_QG: Tensor, bits_Q: Tensor, buffers: Buffers) -> tuple[Tensor, Tensor]:
-    """List the maxima that reach the cut.
+def _hits(coarsest_QG: Tensor, bits_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """List the maxima that reach the cut; overwrites the maxima.
 
     Returns:
         Their queries, ascending, and columns.
     """
-    num_queries, width = coarsest_QG.shape
-    below_QG = buffers.take("below", (num_queries, width), torch.int16)
+    width = coarsest_QG.shape[1]
     # both terms are non-negative, so the difference cannot overflow: negative means reached
-    torch.clamp_min(coarsest_QG, 0, out=below_QG)
+    below_QG = coarsest_QG.clamp_min_(0)
     torch.sub((bits_Q - 1).unsqueeze(1), below_QG, out=below_QG)
     # listing a quarter as many words, most of them empty, is the cheapest way to list the hits
     words_QW = below_QG.view(torch.int64).bitwise_and_(_SIGN_BITS)
     word_ids = words_QW.view(-1).nonzero().squeeze(1)
     lane_ids = words_QW.view(-1).index_select(0, word_ids).view(torch.int16).nonzero().squeeze(1)
-    flat = word_ids.index_select(0, lane_ids >> 2).mul_(_LANES).add_(lane_ids & (_LANES - 1))
+    flat = (
+        word_ids.index_select(0, lane_ids >> (_LANES.bit_length() - 1))
+        .mul_(_LANES)
+        .add_(lane_ids & (_LANES - 1))
+    )
     query_ids = flat // width
     return query_ids, flat - query_ids * width
 
@@ -211,7 +214,7 @@ def _descend(
     reached = buffers.take("reached", tuple(bits.shape), torch.bool)
     torch.ge(bits, bits_Q.index_select(0, query_ids).unsqueeze(1), out=reached)
     members = reached.view(-1).nonzero().squeeze(1)
-    parents = members >> 3
+    parents = members >> (GROUP.bit_length() - 1)
     columns = columns.index_select(0, parents).add_((members & (GROUP - 1)).mul_(groups))
     return query_ids.index_select(0, parents), columns
 
@@ -241,7 +244,7 @@ def _search_block(
     positive_Q = bits_Q > 0
     bits_Q = bits_Q.clamp_min(1)
     limit = _MAX_SURVIVORS * top_k
-    hits = _hits(levels[-1], bits_Q, buffers)
+    hits = _hits(levels[-1], bits_Q)
     for fine, coarse in zip(levels[-2::-1], levels[:0:-1], strict=True):
         if hits[0].numel() > limit * num_queries // 2:
             hits = _limit(*hits, num_queries, limit)[:2]

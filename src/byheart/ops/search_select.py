@@ -6,6 +6,9 @@ word with its slot, so that one vectorised integer sort orders both.
 """
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,8 +17,8 @@ from torch import Tensor
 # lower than any real inner product, and finite: -inf would give NaN in the softmax of an empty row
 EXCLUDED = torch.finfo(torch.float32).min
 
-# entries per group: with 8, reading the members of the chosen groups costs about as much as finding
-# the groups (4 and 16 were slower)
+# entries per group, a power of two: with 8, reading the members of the chosen groups costs about as
+# much as finding the groups (4 was no faster)
 GROUP = 8
 
 # NumPy sorts 64-bit rows up to this width within vector registers; beyond it a row costs 4 times
@@ -28,6 +31,10 @@ _LOW_WORD = 0xFFFFFFFF
 # scores are selected from while they are still in it (4 and 16 MiB were up to a tenth slower). On a
 # GPU enough to fill it, and small beside its memory.
 _MAX_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+
+
+# Buffers of up to this size outlive a search: twice what a search of ordinary size takes.
+_KEPT_BYTES = 64 << 20
 
 
 def default_max_bytes(device: torch.device) -> int:
@@ -53,6 +60,11 @@ class Buffers:
         self._device = device
         self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        return sum(flat.nbytes for flat in self._flat.values())
+
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor of this shape with undefined content.
 
@@ -67,9 +79,32 @@ class Buffers:
         size = math.prod(shape)
         flat = self._flat.get((name, dtype))
         if flat is None or flat.numel() < size:
-            flat = torch.empty(size, dtype=dtype, device=self._device)
+            # a buffer made in inference mode could not be written to outside of it
+            with torch.inference_mode(mode=False):
+                flat = torch.empty(size, dtype=dtype, device=self._device)
             self._flat[name, dtype] = flat
         return flat[:size].view(shape)
+
+
+_kept = threading.local()
+
+
+@contextmanager
+def buffers_on(device: torch.device) -> Iterator[Buffers]:
+    """Lend buffers, on a CPU those of this thread's last search unless they were unusually large.
+
+    Args:
+        device: Where the buffers are to be.
+
+    Yields:
+        Buffers with undefined content.
+    """
+    # taken out while lent: a search within a search, or one that fails, starts with fresh ones
+    buffers = _kept.__dict__.pop("buffers", None) if device.type == "cpu" else None
+    buffers = buffers or Buffers(device)
+    yield buffers
+    if device.type == "cpu" and buffers.num_bytes <= _KEPT_BYTES:
+        _kept.buffers = buffers
 
 
 def _ordered_bits(bits: Tensor, out: Tensor) -> Tensor:
