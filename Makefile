@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.byheart-setup
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench bench-peers clean
 
 setup: $(STAMP)
 
@@ -30,7 +30,13 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: setup
+	$(BIN)/python -m benchmarks.search --quick
 	$(BIN)/python -m benchmarks.step --quick
+
+# without its own dependencies: it asks for faiss-gpu, and runs on faiss-cpu
+bench-peers: setup
+	$(BIN)/python -m pip install --quiet --no-deps memorizing-transformers-pytorch==0.4.1
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one row, small memories, few repeats")
     parser.add_argument("--huge", action="store_true", help="also 262144 entries")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--note", help="kept with the results, for example how the run was started")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = 1 if arguments.quick else 4
@@ -184,6 +185,7 @@ def main() -> None:
         cases.append(("random", 262144, 3))
     results: dict[str, Any] = {
         "machine": machine_info(["faiss-cpu"]),
+        "note": arguments.note,
         "shape": {"heads": HEADS, "queries": QUERIES, "head_dim": HEAD_DIM, "top_k": TOP_K},
         "cases": [],
     }
