@@ -1,14 +1,23 @@
 """The command from the outside: a folder of text goes in, results come out."""
 
 import json
+import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from byheart.cli import common
+from byheart.cli import train as train_command
 from byheart.cli.common import parse_sizes
 from byheart.cli.main import main
+from byheart.data.tokenize import ByteTokenizer
+from byheart.models.checkpoint import load_model
+from byheart.models.fingerprint import model_fingerprint
 
 SMALL = [
     "--set=model.num_layers=2",
@@ -110,6 +119,95 @@ def test_evaluate_json_is_the_only_thing_on_standard_output(command, run_dir, do
     assert len(json.loads(out)["measurements"]) == 2
 
 
+def test_result_says_what_was_measured(command, run_dir, tmp_path):
+    code, _, err = command("evaluate", run_dir, "--no-plot", "--out", tmp_path)
+    assert code == 0, err
+    settings = json.loads((tmp_path / "result.json").read_text())["settings"]
+    decoder = load_model(run_dir / "model")
+    assert settings["model"] == str(run_dir)
+    assert settings["model_fingerprint"] == model_fingerprint(decoder)
+    assert settings["tokenizer_fingerprint"] == ByteTokenizer().fingerprint
+    assert (settings["rows"], settings["xl_cache"]) == (8, "with")
+    assert settings["max_documents"] is settings["max_tokens_per_document"] is None
+    assert settings["versions"] == {"byheart": "0.1.0", "torch": version("torch")}
+
+
+def test_caps_of_the_run_are_for_its_own_documents(command, run_dir, documents, tmp_path):
+    copy = tmp_path / "capped"
+    shutil.copytree(run_dir, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["evaluation"] |= {"max_documents": 1, "max_tokens": 33}
+    (copy / "config.json").write_text(json.dumps(config))
+
+    def measure(*arguments):
+        code, out, err = command("evaluate", copy, *arguments, "--json", "--no-plot")
+        assert code == 0, err
+        (measurement,) = json.loads(out)["measurements"]
+        return measurement["num_documents"], measurement["num_tokens"], err
+
+    num_documents, num_tokens, err = measure()
+    assert (num_documents, num_tokens) == (1, 32)
+    assert "the first 1 documents (--max-documents)" in err
+    assert "the first 33 tokens of each document (--max-tokens)" in err
+    num_documents, num_tokens, err = measure("--max-tokens", 20)
+    assert (num_documents, num_tokens) == (1, 19)
+    assert "--max-tokens" not in err
+    num_documents, num_tokens, err = measure(documents)
+    assert num_documents == 2
+    assert num_tokens > 2000
+    assert "As in the run" not in err
+
+
+def test_documents_are_read_as_every_command_is_told(command, run_dir, documents, tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"body": "one text"}\nbad\n')
+    (folder / "b.txt").write_text("another text")
+    reading = ["--skip-bad", "--text-key", "body", "--suffix", ".jsonl", "--folder-as", "file"]
+    for arguments in (
+        ["data", "stats", folder],
+        ["evaluate", run_dir, folder, "--no-plot", "--out", tmp_path / "out"],
+        ["tokenizer", "train", folder, "--out", tmp_path / "bpe", "--vocab-size", 260],
+        ["generate", run_dir, "--prompt", "x", "--max-new-tokens", 1, "--read", folder],
+    ):
+        code, out, err = command(*arguments, *reading, "--json")
+        assert code == 0, err
+        result = json.loads(out)
+        if "num_documents" in result:
+            assert result["num_documents"] == 1
+        if "num_tokens_before" in result:
+            assert result["num_tokens_before"] == 1 + len("one text")
+    code, out, _ = command("train", "text", "--data", folder, *reading, "--show")
+    data = json.loads(out)["data"]
+    assert (data["on_bad"], data["text_key"], data["suffixes"]) == ("skip", "body", [".jsonl"])
+    code, _, err = command("data", "stats", folder)
+    assert code == 1
+    assert "on_bad='skip' (--skip-bad)" in err
+    code, _, err = command("evaluate", run_dir, "--skip-bad")
+    assert code == 2
+    assert "need DOCUMENTS" in err
+
+
+def test_a_memory_that_does_not_fit_on_the_disk_is_one_clear_line(run_dir, documents, tmp_path):
+    limited = (
+        "import resource; _, hard = resource.getrlimit(resource.RLIMIT_FSIZE); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard)); "
+        "from byheart.cli.main import main; main()"
+    )
+    result = subprocess.run(
+        [
+            sys.executable, "-c", limited, "generate", run_dir, "--prompt", "x",
+            "--read", documents / "one.txt", "--save-memory", tmp_path / "notes",
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "notes could not be written" in result.stderr
+    assert not (tmp_path / "notes").exists()
+
+
 def test_generate_goes_on_from_a_saved_memory(command, run_dir, documents, tmp_path):
     code, out, err = command(
         "generate", run_dir, "--read", documents / "one.txt", "--prompt", "the cat",
@@ -175,6 +273,10 @@ def test_a_recipe_can_be_a_function_in_a_file(command, tmp_path, documents):
         (["train", "demo", "--set", "model.knn_memory.layers=[4]"], "between 0 and 3"),
         (["evaluate", "x", "--memory-size", "1,many"], "got 'many'"),
         (["evaluate", "x", "--xl-cache", "maybe"], "must be with, without or both"),
+        (["evaluate", "x", "--max-documents", "0"], "Invalid value for '--max-documents'"),
+        (["evaluate", "x", "--max-tokens", "1"], "Invalid value for '--max-tokens'"),
+        (["evaluate", "x", "--device", "abacus"], "--device must be a device of this machine"),
+        (["generate", "x", "--device", "cuda:99"], "--device must be a device of this machine"),
         (["data", "stats", "x", "--folder-as", "book"], "must be file or folder"),
     ],
 )
@@ -208,8 +310,6 @@ def test_failures_exit_with_1_and_one_clear_line(command, run_dir, documents, tm
 
 
 def test_a_model_refuses_another_tokenizer(command, run_dir, documents, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)
     shutil.rmtree(copy / "tokenizer")
@@ -217,6 +317,56 @@ def test_a_model_refuses_another_tokenizer(command, run_dir, documents, tmp_path
     code, _, err = command("generate", copy, "--prompt", "x")
     assert code == 1
     assert "was trained with the tokenizer" in err
+
+
+def test_a_diverged_run_is_valid_json(command, documents, tmp_path):
+    code, out, err = command(
+        "train", "text", "--data", documents, "--out", tmp_path / "nan", "--json", *SMALL,
+        "--set=training.learning_rate=1e30", "--set=training.max_steps=4",
+        "--set=model.knn_memory=null",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads(out, parse_constant=pytest.fail)
+    assert result["loss"] is None
+
+
+def test_learning_a_tokenizer_says_so(command, documents, tmp_path):
+    code, _, err = command(
+        "train", "text", "--data", documents, "--out", tmp_path / "bpe", *SMALL,
+        "--set=data.tokenizer=bpe:270", "--set=training.max_steps=1",
+    )  # fmt: skip
+    assert code == 0, err
+    assert f"Learning a BPE of 270 tokens from {documents}" in err
+
+
+def test_tokenizing_shows_a_bar_that_ends_before_training(documents, monkeypatch, capsys):
+    monkeypatch.setattr(train_command, "err_console", console := Console(force_terminal=True))
+    monkeypatch.setattr(common, "err_console", console)
+    run = train_command.find_recipe("demo")
+    with train_command._preparation(run) as on_event:
+        progress = {"stage": "tokenize", "num_bytes": 3, "total_bytes": 7, "num_documents": 1}
+        on_event(SimpleNamespace(kind="tokenize", values=progress))
+        on_event(SimpleNamespace(kind="start", values={}))
+        before = capsys.readouterr().out
+        assert "tokenize" in before
+        assert "43%" in before
+        on_event(SimpleNamespace(kind="log", values={}))
+        assert capsys.readouterr().out == ""
+
+
+def test_help_and_version_do_not_wait_for_transformers():
+    script = (
+        "import sys\n"
+        "from byheart.cli.main import main\n"
+        "try:\n    main()\n"
+        "finally:\n    assert 'transformers' not in sys.modules"
+    )
+    for option, expected in (("--version", "byheart 0.1.0"), ("--help", "evaluate")):
+        result = subprocess.run(
+            [sys.executable, "-c", script, option], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        assert expected in result.stdout
 
 
 def test_sizes_are_read_with_units():

@@ -95,6 +95,22 @@ def test_a_folder_of_folders_gives_one_document_each(folder):
     assert found == {"a": "x", "b": "a\nz", "shelf": "top"}
 
 
+def test_files_without_content_are_passed_over_in_a_folder(folder, tmp_path):
+    write(folder / "b" / "__init__.py", "")
+    write(folder / "b" / "blank.py", b"\xef\xbb\xbf \n")
+    reader = iter_documents(folder)
+    assert len(list(reader)) == 5
+    assert reader.report.num_empty_files == 2
+    joined = iter_documents(folder, folder_as="folder", suffixes=["py"])
+    assert [document.text for document in joined] == ["x", "a\nz"]
+    assert joined.report.num_empty_files == 2
+    write(tmp_path / "void" / "__init__.py", "")
+    with pytest.raises(DataError, match=r"at least one document, .* 0 binary, 1 empty\)"):
+        list(iter_documents(tmp_path / "void"))
+    # a file that is named is not passed over
+    assert texts(folder / "b" / "__init__.py") == {"__init__.py": ""}
+
+
 def test_joined_files_keep_their_lines_apart(tmp_path):
     write(tmp_path / "d" / "1", "one")
     write(tmp_path / "d" / "2", "two\n")
@@ -133,7 +149,7 @@ def test_a_bad_record_is_named_and_refused_or_skipped(tmp_path, caplog, line):
     content, message = line
     good = json_lines([{"text": "good"}])
     path = write(tmp_path / "corpus.jsonl", good + b"\n" + content + b"\n" + good)
-    with pytest.raises(DataError, match=f"corpus.jsonl:3 {message}.*on_bad='skip'"):
+    with pytest.raises(DataError, match=f"corpus.jsonl:3 {message}.*on_bad='skip' .--skip-bad"):
         list(iter_documents(path))
     reader = iter_documents(path, on_bad="skip")
     assert [document.source for document in reader] == [f"{path}:1", f"{path}:4"]
@@ -192,7 +208,9 @@ def test_a_corpus_without_documents_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"must hold at least one document, got none \(0 bad"):
         list(iter_documents(tmp_path / "empty.jsonl"))
     write(tmp_path / "bad.jsonl", "bad")
-    with pytest.raises(DataError, match=r"at least one document, got none \(1 bad, 0 binary\)"):
+    with pytest.raises(
+        DataError, match=r"at least one document, got none \(1 bad, 0 binary, 0 empty\)"
+    ):
         list(iter_documents(tmp_path / "bad.jsonl", on_bad="skip"))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from byheart.data.rows import RowPlan, RowPosition, SegmentDataset, collate, micro_batch_rows
+from byheart.data.rows import RowPlan, RowPosition, SegmentDataset, collate
 from byheart.errors import DataError
 
 
@@ -176,53 +176,6 @@ def test_the_shuffle_is_the_same_on_every_machine():
     plan = RowPlan(np.full(7, 2), segment_length=1, num_rows=1, num_steps=14, seed=5)
     documents = [plan.position(step, 0).document for step in range(14)]
     assert documents == [4, 3, 5, 6, 2, 0, 1, 6, 1, 5, 4, 2, 0, 3]
-
-
-@given(
-    st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99)
-)
-def test_every_process_and_micro_batch_keeps_its_rows(batch, processes, accumulation, more, seed):
-    num_rows = batch * processes * accumulation * more
-    lengths = np.random.default_rng(seed).integers(2, 60, 11).tolist()
-    data = dataset(lengths, segment_length=7, num_rows=num_rows, num_steps=5, seed=seed)
-    items = list(range(len(data)))
-    batches = [items[start : start + batch] for start in range(0, len(items), batch)]
-    for process in range(processes):
-        # accelerate deals batches to processes in turn
-        for index, mine in enumerate(batches[process::processes]):
-            rows = micro_batch_rows(
-                index,
-                num_rows=num_rows,
-                batch_size=batch,
-                process=process,
-                num_processes=processes,
-            )
-            assert [item % num_rows for item in mine] == list(rows)
-    # a process sees the same rows in each round of its micro-batches, and no other process does
-    rounds = num_rows // (batch * processes)
-    owned = [
-        [
-            micro_batch_rows(
-                index,
-                num_rows=num_rows,
-                batch_size=batch,
-                process=process,
-                num_processes=processes,
-            )
-            for index in range(2 * rounds)
-        ]
-        for process in range(processes)
-    ]
-    assert all(rows[:rounds] == rows[rounds:] for rows in owned)
-    together = sorted(row for rows in owned for batch_rows in rows[:rounds] for row in batch_rows)
-    assert together == list(range(num_rows))
-
-
-def test_rows_that_would_change_process_are_refused():
-    with pytest.raises(
-        ValueError, match=r"multiple of batch_size \* num_processes \(3 \* 2\), got 9"
-    ):
-        micro_batch_rows(0, num_rows=9, batch_size=3, num_processes=2)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

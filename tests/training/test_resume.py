@@ -180,6 +180,42 @@ def test_rotation_keeps_what_is_asked_for_and_removes_what_was_cut_short(tmp_pat
     assert steps_of(tmp_path) == [6, 8, 9]
 
 
+def test_damaged_checkpoints_do_not_take_the_place_of_good_ones(run):
+    _flipped(run / "checkpoint-11")
+    shutil.copytree(run / "checkpoint-11", run / "checkpoint-10")
+    config = training_config(max_steps=12, save_every=3, log_every=5)
+    seen = []
+
+    def look(event):
+        if event.kind == "checkpoint":
+            seen.append(steps_of(run))
+
+    make_trainer(run, config, model=MODEL, on_event=look).train(find_checkpoint(run))
+    assert seen == [[9, 12]]
+
+
+def test_only_failed_writes_are_explained_as_such(tmp_path, monkeypatch):
+    def lack_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("byheart.training.checkpoint.save_file", lack_memory)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\.$"):
+        make_trainer(tmp_path, CONFIG).train()
+    assert steps_of(tmp_path) == []
+
+
+def test_memory_is_read_on_the_cpu(run, monkeypatch):
+    asked = []
+
+    def load(file, device="cpu"):
+        asked.append(device)
+        return safetensors.torch.load_file(file)
+
+    monkeypatch.setattr("byheart.training.checkpoint.load_file", load)
+    make_trainer(run, CONFIG, model=MODEL).train(find_checkpoint(run))
+    assert asked == ["cpu"]
+
+
 def _cut_short(path: Path) -> str:
     (path / "manifest.json").unlink()
     return "it has no manifest.json"

@@ -81,7 +81,7 @@ def test_result_says_what_came_out(result):
 def test_events_tell_the_story(result, events):
     kinds = [event.kind for event in events if event.kind != "tokenize"]
     assert kinds == [
-        "start", "log", "checkpoint", "log", "checkpoint", "log", "evaluation", "checkpoint", "end"
+        "start", "log", "checkpoint", "log", "checkpoint", "log", "checkpoint", "evaluation", "end"
     ]  # fmt: skip
     assert events[0].kind == "tokenize"
     assert [event.step for event in events if event.kind == "checkpoint"] == [3, 6, 7]
@@ -158,6 +158,33 @@ def test_resume_after_the_last_step_finishes_the_run(run, result, out):
     weights = [model_fingerprint(load_model(path / "model")) for path in (out, result.out_dir)]
     assert weights[0] == weights[1]
     assert metrics_of(out) == metrics_of(result.out_dir)
+
+
+def test_an_evaluation_that_failed_after_the_last_step_is_made_up(run, result, out, monkeypatch):
+    # as if the evaluation had failed, or the process had died, when the checkpoint was complete
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(lines[:-1]))
+    shutil.rmtree(out / "model")
+    assert train(run, out, resume=True).evaluation == result.evaluation
+    assert metrics_of(out) == metrics_of(result.out_dir)
+
+
+def test_a_removed_log_does_not_keep_a_finished_run_from_its_result(run, result, out, caplog):
+    (out / "metrics.jsonl").unlink()
+    resumed = train(run, out, resume=True)
+    assert math.isnan(resumed.loss)
+    assert resumed.num_tokens is None
+    assert resumed.evaluation == result.evaluation
+    assert "metrics.jsonl has no log line: loss and tokens read are unknown" in caplog.text
+    assert json.loads((out / "result.json").read_text())["num_tokens"] is None
+
+
+def test_learning_a_vocabulary_is_reported_before_it_begins(folder, tmp_path):
+    run = run_config(folder, max_steps=1)
+    run = replace(run, data=replace(run.data, tokenizer="bpe:270"))
+    events = []
+    train(run, tmp_path, on_event=events.append)
+    assert (events[0].kind, events[0].values["stage"]) == ("tokenize", "learn")
 
 
 def test_resume_in_the_middle_gives_the_same_result(run, result, out):

@@ -23,6 +23,7 @@ from byheart.models.decoder import Decoder
 from byheart.models.fingerprint import model_fingerprint
 from byheart.training import arguments as arguments_module
 from byheart.training.callbacks import TensorboardCallback
+from byheart.training.checkpoint import find_checkpoint
 from byheart.training.optim import make_optimizer, schedule_arguments
 
 
@@ -177,6 +178,37 @@ def test_evaluation_in_between_changes_nothing(tmp_path):
     assert [line["step"] for line in evaluations] == [3, 6, 8]
     assert [line for line in lines if "loss" in line] == metrics_of(tmp_path / "plain")
     assert model_fingerprint(evaluated.decoder) == model_fingerprint(plain.decoder)
+
+
+def test_an_evaluation_that_fails_costs_nothing(tmp_path):
+    config = training_config(max_steps=7, log_every=2, save_every=3, evaluate_every=3)
+    failing = [6, 7]
+
+    def evaluate(decoder):
+        step = trainer.state.global_step
+        if failing and step == failing[0]:
+            failing.pop(0)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return {"sum": decoder.embedding.weight.sum().item()}
+
+    trainer = make_trainer(tmp_path / "run", config, model={"dropout": 0.2}, evaluate=evaluate)
+    for step in (6, 7):
+        # no disk is blamed for a lack of memory
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            trainer.train(None if step == 6 else find_checkpoint(tmp_path / "run"))
+        assert find_checkpoint(tmp_path / "run").step == step
+        trainer = make_trainer(tmp_path / "run", config, model={"dropout": 0.2}, evaluate=evaluate)
+    trainer.train(find_checkpoint(tmp_path / "run"))
+    resumed = trainer
+    trainer = make_trainer(tmp_path / "whole", config, model={"dropout": 0.2}, evaluate=evaluate)
+    trainer.train()
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if "loss" not in line] == [
+        3,
+        6,
+        7,
+    ]
+    assert model_fingerprint(resumed.decoder) == model_fingerprint(trainer.decoder)
 
 
 def test_bfloat16_is_close_to_float32_and_keeps_float32_weights(tmp_path):

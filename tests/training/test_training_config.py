@@ -38,6 +38,10 @@ def test_training_config_refuses_what_makes_no_sense(changes, message):
 def test_evaluation_and_data_refuse_what_makes_no_sense():
     with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
         EvaluationConfig(rows=0)
+    with pytest.raises(ValueError, match="max_documents must be at least 1, got 0"):
+        EvaluationConfig(max_documents=0)
+    with pytest.raises(ValueError, match="max_tokens must be at least 2, got 1"):
+        EvaluationConfig(max_tokens=1)
     with pytest.raises(ValueError, match=r"memory_sizes must be at least 0, got \[5, -1\]"):
         EvaluationConfig(memory_sizes=(5, -1))
     with pytest.raises(ValueError, match="'bpe:N' with a number of tokens, got 'bpe:many'"):

@@ -1,12 +1,15 @@
-"""What all commands share: results on standard output, errors, progress, finding a model."""
+"""What all commands share: results, errors, progress, finding a model, options for documents."""
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict, cast
 
+import torch
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from byheart.data.documents import FolderAs, OnBad
 from byheart.data.token_cache import TokenizeProgress
 from byheart.data.tokenize import Tokenizer, load_tokenizer
 from byheart.errors import CheckpointError
@@ -25,6 +29,33 @@ from byheart.models.decoder import Decoder
 
 err_console = Console(stderr=True)
 """Where progress and messages go: standard output belongs to results."""
+
+
+FolderAsOption = Annotated[
+    str | None, typer.Option("--folder-as", help="One document of a folder is a: file or folder.")
+]
+SkipBadOption = Annotated[
+    bool, typer.Option("--skip-bad", help="Skip records that cannot be read, with a warning.")
+]
+TextKeyOption = Annotated[
+    str | None, typer.Option("--text-key", help="Key of the text in JSON lines; default: text.")
+]
+SuffixOption = Annotated[
+    list[str] | None,
+    typer.Option("--suffix", help="Of a folder only files that end so: .py. Repeatable."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or cuda:1; default: a GPU if there is.")
+]
+
+
+class ReadingOptions(TypedDict, total=False):
+    """How to read documents, as far as the user has said so."""
+
+    on_bad: OnBad
+    folder_as: FolderAs
+    text_key: str
+    suffixes: tuple[str, ...]
 
 
 class TrainedModel(NamedTuple):
@@ -36,16 +67,65 @@ class TrainedModel(NamedTuple):
 
 
 def print_json(result: object) -> None:
-    """Write a result for other programs to standard output."""
-    json.dump(result, sys.stdout, indent=2, ensure_ascii=False)
+    """Write a result for other programs to standard output; NaN and infinities become null."""
+    json.dump(_finite(result), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
     sys.stdout.write("\n")
 
 
-def open_run(run_dir: Path) -> TrainedModel:
+def reading_options(
+    folder_as: str | None, skip_bad: bool, text_key: str | None, suffix: list[str] | None
+) -> ReadingOptions:
+    """Collect the options that say how documents are read.
+
+    Returns:
+        Those that the user gave, for `iter_documents`, `tokenize_corpus` or a `DataConfig`.
+
+    Raises:
+        BadParameter: If `folder_as` is neither of its two values.
+    """
+    options = ReadingOptions()
+    if folder_as is not None:
+        if folder_as not in ("file", "folder"):
+            msg = f"--folder-as must be file or folder, got {folder_as!r}."
+            raise typer.BadParameter(msg)
+        options["folder_as"] = cast("FolderAs", folder_as)
+    if skip_bad:
+        options["on_bad"] = "skip"
+    if text_key is not None:
+        options["text_key"] = text_key
+    if suffix:
+        options["suffixes"] = tuple(suffix)
+    return options
+
+
+def find_device(name: str | None) -> torch.device:
+    """Choose where a model runs.
+
+    Args:
+        name: What the user asked for; `None` for a GPU if there is one.
+
+    Returns:
+        The device.
+
+    Raises:
+        BadParameter: If there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    # torch raises AssertionError where it was built without the device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        msg = f"--device must be a device of this machine, got {name!r}: {error}"
+        raise typer.BadParameter(msg) from error
+    return device
+
+
+def open_run(run_dir: Path, device: torch.device) -> TrainedModel:
     """Load the model and the tokenizer of a training run.
 
     Args:
         run_dir: Directory that `byheart train` wrote.
+        device: Where the model shall live.
 
     Returns:
         Decoder in evaluation mode, and its tokenizer.
@@ -62,7 +142,8 @@ def open_run(run_dir: Path) -> TrainedModel:
         msg = f"{run_dir} must hold a finished run with model/ and tokenizer/. {hint}"
         raise CheckpointError(msg)
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
-    decoder = load_model(run_dir / "model", tokenizer_fingerprint=tokenizer.fingerprint)
+    fingerprint = tokenizer.fingerprint
+    decoder = load_model(run_dir / "model", tokenizer_fingerprint=fingerprint, device=device)
     return TrainedModel(decoder, tokenizer, run_dir)
 
 
@@ -139,3 +220,11 @@ def parse_sizes(text: str) -> tuple[int, ...]:
             raise ValueError(msg)
         sizes.append(int(number) * unit)
     return tuple(sizes)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,12 +1,19 @@
 """`byheart data`."""
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
-from byheart.cli.common import print_json, tokenize_progress
-from byheart.data.documents import FolderAs, OnBad
+from byheart.cli.common import (
+    FolderAsOption,
+    SkipBadOption,
+    SuffixOption,
+    TextKeyOption,
+    print_json,
+    reading_options,
+    tokenize_progress,
+)
 from byheart.data.stats import CorpusStats, corpus_stats
 from byheart.data.token_cache import tokenize_corpus
 from byheart.data.tokenize import load_tokenizer
@@ -25,22 +32,17 @@ def stats(
     *,
     tokenizer: Annotated[str, typer.Option(help="bytes, or the path of a tokenizer.")] = "bytes",
     segment_length: Annotated[int, typer.Option(help="Tokens per segment.")] = 512,
-    folder_as: Annotated[str, typer.Option(help="One document is a: file or folder.")] = "file",
-    skip_bad: Annotated[bool, typer.Option(help="Skip records that cannot be read.")] = False,
+    folder_as: FolderAsOption = None,
+    skip_bad: SkipBadOption = False,
+    text_key: TextKeyOption = None,
+    suffix: SuffixOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Count documents and tokens, and say how much lies in long documents."""
-    if folder_as not in ("file", "folder"):
-        msg = f"--folder-as must be file or folder, got {folder_as!r}."
-        raise typer.BadParameter(msg)
-    on_bad: OnBad = "skip" if skip_bad else "raise"
+    reading = reading_options(folder_as, skip_bad, text_key, suffix)
     with tokenize_progress() as on_progress:
         corpus = tokenize_corpus(
-            documents,
-            load_tokenizer(tokenizer),
-            on_bad=on_bad,
-            folder_as=cast("FolderAs", folder_as),
-            on_progress=on_progress,
+            documents, load_tokenizer(tokenizer), on_progress=on_progress, **reading
         )
     result = corpus_stats(corpus, segment_length=segment_length)
     if as_json:

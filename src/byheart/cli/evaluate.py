@@ -1,5 +1,8 @@
 """`byheart evaluate`."""
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -7,21 +10,33 @@ import typer
 
 from byheart.cli.common import (
     Bar,
+    DeviceOption,
+    FolderAsOption,
+    ReadingOptions,
+    SkipBadOption,
+    SuffixOption,
+    TextKeyOption,
     TrainedModel,
     err_console,
+    find_device,
     open_run,
     parse_sizes,
     print_json,
     progress_bar,
+    reading_options,
     tokenize_progress,
 )
 from byheart.config import load_config, write_text_atomic
+from byheart.data.corpus import TokenizedCorpus
 from byheart.data.token_cache import tokenize_corpus
 from byheart.errors import DataError
 from byheart.evaluation.perplexity import EvaluationProgress, evaluate_perplexity
 from byheart.evaluation.plots import plot_loss_by_position, plot_perplexity
 from byheart.evaluation.result import PerplexityResult
+from byheart.models.fingerprint import model_fingerprint
 from byheart.training.config import RunConfig
+
+XlCache = Literal["with", "without", "both"]
 
 
 def register(app: typer.Typer) -> None:
@@ -39,9 +54,18 @@ def evaluate(
         str, typer.Option(help="Sizes of the kNN memory, 0 for none: 0,2048,8K,64K.")
     ] = "",
     xl_cache: Annotated[str, typer.Option(help="with, without or both.")] = "with",
-    rows: Annotated[int, typer.Option(help="Documents read side by side.")] = 8,
-    max_documents: Annotated[int | None, typer.Option(help="Only the first so many.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Only so many of each document.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Documents read side by side.")] = 8,
+    max_documents: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Only so many of each document.")
+    ] = None,
+    folder_as: FolderAsOption = None,
+    skip_bad: SkipBadOption = False,
+    text_key: TextKeyOption = None,
+    suffix: SuffixOption = None,
+    device: DeviceOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for result and plots; default: RUN/evaluation.")
     ] = None,
@@ -49,30 +73,31 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure perplexity by memory size and loss by position in the document."""
-    if xl_cache not in ("with", "without", "both"):
-        msg = f"--xl-cache must be with, without or both, got {xl_cache!r}."
-        raise typer.BadParameter(msg)
+    chosen = _xl_cache(xl_cache)
     try:
         sizes = parse_sizes(memory_size) if memory_size else None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    trained = open_run(model)
+    reading = reading_options(folder_as, skip_bad, text_key, suffix)
+    if documents is None and reading:
+        msg = "Options for reading need DOCUMENTS: the run's own are read as the run read them."
+        raise typer.BadParameter(msg)
+    trained = open_run(model, find_device(device))
     run = load_config(RunConfig, model / "config.json")
-    result = _measure(
-        trained,
-        run,
-        documents,
-        memory_sizes=sizes or run.evaluation.memory_sizes or (None,),
-        xl_cache=cast("Literal['with', 'without', 'both']", xl_cache),
-        rows=rows,
-        max_documents=max_documents or run.evaluation.max_documents,
-        max_tokens=max_tokens or run.evaluation.max_tokens,
-    )
+    caps = _Caps(rows=rows, max_documents=max_documents, max_tokens_per_document=max_tokens)
+    if documents is None:
+        documents, reading = _validation(run, model)
+        caps = _inherit(caps, run)
+    if sizes is None:
+        sizes = run.evaluation.memory_sizes
+    corpus = _tokenize(trained, run, documents, reading)
+    result = _measure(trained, corpus, (None,) if sizes is None else sizes, chosen, caps)
+    settings = _settings(trained, documents, chosen, caps)
     directory = out or model / "evaluation"
-    directory.mkdir(parents=True, exist_ok=True)
-    written = _write(result, directory, plot=plot)
+    written = _write(result, settings, directory, plot=plot)
     if as_json:
-        print_json({**result.to_dict(), "files": [str(path) for path in written]})
+        files = [str(path) for path in written]
+        print_json({"settings": settings, **result.to_dict(), "files": files})
         return
     from rich.console import Console
 
@@ -81,33 +106,83 @@ def evaluate(
         print(path)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Caps:
+    rows: int
+    max_documents: int | None
+    max_tokens_per_document: int | None
+
+
+def _xl_cache(text: str) -> XlCache:
+    if text not in ("with", "without", "both"):
+        msg = f"--xl-cache must be with, without or both, got {text!r}."
+        raise typer.BadParameter(msg)
+    return cast("XlCache", text)
+
+
+def _validation(run: RunConfig, model: Path) -> tuple[Path, ReadingOptions]:
+    data = run.data
+    if data.validation is None:
+        msg = f"The run {model} has no validation documents. Name some: byheart evaluate {model} "
+        msg += "DOCUMENTS"
+        raise DataError(msg)
+    reading = ReadingOptions(on_bad=data.on_bad, folder_as=data.folder_as, text_key=data.text_key)
+    if data.suffixes is not None:
+        reading["suffixes"] = data.suffixes
+    return Path(data.validation), reading
+
+
+def _settings(
+    trained: TrainedModel, documents: Path, xl_cache: XlCache, caps: _Caps
+) -> dict[str, object]:
+    return {
+        "model": str(trained.run_dir),
+        "model_fingerprint": model_fingerprint(trained.decoder),
+        "tokenizer_fingerprint": trained.tokenizer.fingerprint,
+        "documents": str(documents),
+        **asdict(caps),
+        "xl_cache": xl_cache,
+        "device": str(trained.decoder.embedding.weight.device),
+        "versions": {name: version(name) for name in ("byheart", "torch")},
+    }
+
+
+def _inherit(caps: _Caps, run: RunConfig) -> _Caps:
+    """Cap the run's own documents as the run did, unless told otherwise, and say so.
+
+    Returns:
+        The caps to use.
+    """
+    if caps.max_documents is None and run.evaluation.max_documents is not None:
+        caps = replace(caps, max_documents=run.evaluation.max_documents)
+        _say(f"As in the run: the first {caps.max_documents:,} documents (--max-documents).")
+    if caps.max_tokens_per_document is None and run.evaluation.max_tokens is not None:
+        caps = replace(caps, max_tokens_per_document=run.evaluation.max_tokens)
+        tokens = caps.max_tokens_per_document
+        _say(f"As in the run: the first {tokens:,} tokens of each document (--max-tokens).")
+    return caps
+
+
+def _say(text: str) -> None:
+    err_console.print(text, highlight=False)
+
+
+def _tokenize(
+    trained: TrainedModel, run: RunConfig, documents: Path, reading: ReadingOptions
+) -> TokenizedCorpus:
+    with tokenize_progress() as on_progress:
+        return tokenize_corpus(
+            documents, trained.tokenizer, run.data.cache_dir, on_progress=on_progress, **reading
+        )
+
+
 def _measure(
     trained: TrainedModel,
-    run: RunConfig,
-    documents: Path | None,
-    *,
+    corpus: TokenizedCorpus,
     memory_sizes: tuple[int | None, ...],
-    xl_cache: Literal["with", "without", "both"],
-    rows: int,
-    max_documents: int | None,
-    max_tokens: int | None,
+    xl_cache: XlCache,
+    caps: _Caps,
 ) -> PerplexityResult:
-    path = documents or run.data.validation
-    if path is None:
-        msg = f"The run {trained.run_dir} has no validation documents. Name some: byheart evaluate "
-        msg += f"{trained.run_dir} DOCUMENTS"
-        raise DataError(msg)
-    with tokenize_progress() as on_tokenize:
-        corpus = tokenize_corpus(
-            path,
-            trained.tokenizer,
-            run.data.cache_dir,
-            on_bad=run.data.on_bad,
-            folder_as=run.data.folder_as,
-            text_key=run.data.text_key,
-            suffixes=run.data.suffixes,
-            on_progress=on_tokenize,
-        )
     with progress_bar("tokens") as progress:
         bar = Bar(progress)
 
@@ -118,20 +193,22 @@ def _measure(
             trained.decoder,
             corpus,
             memory_sizes=memory_sizes,
-            rows=rows,
-            max_documents=max_documents,
-            max_tokens_per_document=max_tokens,
             xl_cache=xl_cache,
             tokenizer=trained.tokenizer,
             on_progress=show,
+            **asdict(caps),
         )
 
 
-def _write(result: PerplexityResult, directory: Path, *, plot: bool) -> list[Path]:
+def _write(
+    result: PerplexityResult, settings: Mapping[str, object], directory: Path, *, plot: bool
+) -> list[Path]:
     import json
 
+    directory.mkdir(parents=True, exist_ok=True)
     written = [directory / "result.json", directory / "result.md"]
-    write_text_atomic(written[0], json.dumps(result.to_dict(), indent=2))
+    content = {"settings": settings, **result.to_dict()}
+    write_text_atomic(written[0], json.dumps(content, indent=2, allow_nan=False))
     write_text_atomic(written[1], result.to_markdown())
     if plot:
         try:

@@ -1,5 +1,6 @@
 """`byheart generate`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from byheart.cli.common import (
     progress_bar,
     reading_options,
 )
-from byheart.data.documents import iter_documents
+from byheart.data.documents import Document, iter_documents
 from byheart.data.tokenize import Tokenizer
 from byheart.memory.state import MemoryState
 from byheart.models.decoder import Decoder
@@ -66,15 +67,13 @@ def generate(
     """Continue a text, with everything read before it in memory."""
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     reading = reading_options(folder_as, skip_bad, text_key, suffix)
-    place = find_device(device)
-    decoder, tokenizer, _ = open_run(model, place)
+    decoder, tokenizer, _ = open_run(model, find_device(device))
     if memory is not None:
         state = decoder.load_state(memory)
     else:
         state = decoder.new_state(1, memory_size=memory_size)
     if read is not None:
-        text = "".join(document.text for document in iter_documents(read, **reading))
-        state = _read(decoder, state, _tokens(tokenizer, text, state))
+        state = _read(decoder, tokenizer, state, iter_documents(read, **reading))
     if save_memory is not None:
         decoder.save_state(state, save_memory)
     num_read = int(state.position[0])
@@ -89,10 +88,10 @@ def generate(
         state=state,
         sampling=sampling,
         stop_id=tokenizer.start_id,
-        generator=torch.Generator(place).manual_seed(seed),
+        generator=torch.Generator(ids.device).manual_seed(seed),
     )
-    count = int(new.num_tokens[0])
-    tokens = [token for token in new.tokens[0, :count].tolist() if token != tokenizer.start_id]
+    added = new.tokens[0, : new.num_tokens[0]].tolist()
+    tokens = [token for token in added if token != tokenizer.start_id]
     text = tokenizer.decode(tokens)
     if as_json:
         print_json({"text": text, "num_tokens": len(tokens), "num_tokens_before": num_read})
@@ -108,7 +107,10 @@ def _tokens(tokenizer: Tokenizer, text: str, state: MemoryState) -> torch.Tensor
     return torch.tensor([ids], dtype=torch.long, device=state.position.device)
 
 
-def _read(decoder: Decoder, state: MemoryState, ids: torch.Tensor) -> MemoryState:
+def _read(
+    decoder: Decoder, tokenizer: Tokenizer, state: MemoryState, documents: Iterable[Document]
+) -> MemoryState:
+    ids = _tokens(tokenizer, "".join(document.text for document in documents), state)
     with progress_bar("tokens") as progress:
         bar = Bar(progress)
         for start in range(0, ids.shape[1], _PIECE):

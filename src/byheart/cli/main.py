@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import byheart
+from byheart.cli import data, evaluate, generate, tokenizer, train
 from byheart.cli.common import err_console
 from byheart.errors import ByheartError
 
@@ -15,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Long memory for transformers: train, evaluate and use models with a kNN memory.",
 )
+for module in (train, evaluate, generate, tokenizer, data):
+    module.register(app)
 
 
 def _print_version(value: bool) -> bool:
@@ -36,11 +39,6 @@ def options(
 
 def main() -> None:
     """Run the command; exit code 0 is done, 1 failed, 2 wrong usage."""
-    # commands are imported here: each brings torch, and `byheart --version` need not wait for it
-    from byheart.cli import data, evaluate, generate, tokenizer, train
-
-    for module in (train, evaluate, generate, tokenizer, data):
-        module.register(app)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         # exits by itself: 0 when done, 2 for wrong usage, 1 for Ctrl-C

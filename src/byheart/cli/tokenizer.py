@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from byheart.cli.common import err_console, print_json
+from byheart.cli.common import (
+    FolderAsOption,
+    SkipBadOption,
+    SuffixOption,
+    TextKeyOption,
+    err_console,
+    print_json,
+    reading_options,
+)
 from byheart.data.documents import iter_documents
 from byheart.data.tokenize import BpeTokenizer
 
@@ -23,11 +31,20 @@ def train(
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     *,
     vocab_size: Annotated[int, typer.Option(help="Tokens at most.")] = 4096,
+    folder_as: FolderAsOption = None,
+    skip_bad: SkipBadOption = False,
+    text_key: TextKeyOption = None,
+    suffix: SuffixOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a byte-level BPE on documents; use it with --set data.tokenizer=DIR."""
-    texts = (document.text for document in iter_documents(documents))
-    tokenizer = BpeTokenizer.train(texts, vocab_size)
+    reader = iter_documents(documents, **reading_options(folder_as, skip_bad, text_key, suffix))
+    err_console.print(
+        f"Learning a BPE of {vocab_size:,} tokens from {documents} ...",
+        markup=False,
+        highlight=False,
+    )
+    tokenizer = BpeTokenizer.train((document.text for document in reader), vocab_size)
     tokenizer.save(out)
     if as_json:
         print_json(

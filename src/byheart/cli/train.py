@@ -1,17 +1,32 @@
 """`byheart train`."""
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from byheart.cli.common import err_console, print_json
+from byheart.cli.common import (
+    Bar,
+    FolderAsOption,
+    ReadingOptions,
+    SkipBadOption,
+    SuffixOption,
+    TextKeyOption,
+    err_console,
+    print_json,
+    progress_bar,
+    reading_options,
+)
 from byheart.config import apply_overrides, load_config, to_dict
 from byheart.recipes import RECIPES
 from byheart.training.config import RunConfig
-from byheart.training.run import train as run_training
+
+if TYPE_CHECKING:
+    from byheart.training.callbacks import TrainEvent
 
 _RECIPE_HELP = (
     "Name of a recipe (see --list), a config.json that a run has written, or FILE.py:FUNCTION."
@@ -31,6 +46,10 @@ def train(
         Path | None, typer.Option(help="Documents to learn from: JSON lines, text, or a folder.")
     ] = None,
     validation: Annotated[Path | None, typer.Option(help="Documents to evaluate on.")] = None,
+    folder_as: FolderAsOption = None,
+    skip_bad: SkipBadOption = False,
+    text_key: TextKeyOption = None,
+    suffix: SuffixOption = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change a field: --set training.max_steps=500. Repeatable."),
@@ -48,12 +67,17 @@ def train(
     if not recipe:
         msg = f"Name a recipe: {', '.join(RECIPES)}; a config.json; or FILE.py:FUNCTION."
         raise typer.BadParameter(msg)
-    run = _changed(find_recipe(recipe), data, validation, overrides or [])
+    reading = reading_options(folder_as, skip_bad, text_key, suffix)
+    run = _changed(find_recipe(recipe), data, validation, reading, overrides or [])
     if show:
         print_json(to_dict(run))
         return
     directory = out or Path("runs") / run.name
-    result = run_training(run, directory, resume=resume, overwrite=overwrite)
+    # brings transformers, which other commands and --help need not wait for
+    from byheart.training.run import train as run_training
+
+    with _preparation(run) as on_event:
+        result = run_training(run, directory, resume=resume, overwrite=overwrite, on_event=on_event)
     if as_json:
         print_json({**to_dict_of_result(result), "run_dir": str(directory)})
     else:
@@ -102,13 +126,45 @@ def _from_python(path: Path, function: str) -> RunConfig:
     return run
 
 
+@contextmanager
+def _preparation(run: RunConfig) -> "Iterator[Callable[[TrainEvent], None]]":
+    """Show what happens before the first step; then the Trainer has a bar of its own.
+
+    Yields:
+        What to pass as `on_event` to `train`.
+    """
+    with progress_bar("bytes") as progress:
+        bar = Bar(progress)
+
+        def show(event: "TrainEvent") -> None:
+            if event.kind == "start":
+                progress.stop()
+            elif event.kind == "tokenize" and event.values["stage"] == "learn":
+                err_console.print(
+                    f"Learning a BPE of {run.data.bpe_size:,} tokens from {run.data.train} ...",
+                    markup=False,
+                    highlight=False,
+                )
+            elif event.kind == "tokenize":
+                values = event.values
+                done, total = values["num_bytes"], values["total_bytes"]
+                bar.move(values["stage"], done, total or done)
+
+        yield show
+
+
 def _changed(
-    run: RunConfig, data: Path | None, validation: Path | None, overrides: list[str]
+    run: RunConfig,
+    data: Path | None,
+    validation: Path | None,
+    reading: ReadingOptions,
+    overrides: list[str],
 ) -> RunConfig:
     if data is not None:
         run = replace(run, data=replace(run.data, train=str(data)))
     if validation is not None:
         run = replace(run, data=replace(run.data, validation=str(validation)))
+    run = replace(run, data=replace(run.data, **reading))
     try:
         run = apply_overrides(run, overrides)
     except (ValueError, TypeError) as error:

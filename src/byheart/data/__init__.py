@@ -2,14 +2,7 @@
 
 from byheart.data.corpus import TokenizedCorpus
 from byheart.data.documents import Document, DocumentReader, ReadReport, iter_documents
-from byheart.data.rows import (
-    Corpus,
-    RowPlan,
-    RowPosition,
-    SegmentDataset,
-    collate,
-    micro_batch_rows,
-)
+from byheart.data.rows import Corpus, RowPlan, RowPosition, SegmentDataset, collate
 from byheart.data.sample import sample_path
 from byheart.data.stats import CorpusStats, corpus_stats
 from byheart.data.token_cache import TokenizeProgress, default_cache_dir, tokenize_corpus
@@ -34,7 +27,6 @@ __all__ = [
     "default_cache_dir",
     "iter_documents",
     "load_tokenizer",
-    "micro_batch_rows",
     "sample_path",
     "tokenize_corpus",
 ]

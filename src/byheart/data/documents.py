@@ -50,6 +50,8 @@ class ReadReport:
     """Documents skipped because they have fewer than two tokens."""
     num_binary_files: int = 0
     """Files of a folder skipped because they hold a NUL byte."""
+    num_empty_files: int = 0
+    """Text files of a folder skipped because they hold nothing but white space."""
     num_hidden_files: int = 0
     """Files and folders of a folder passed over because their name starts with a dot."""
     num_other_files: int = 0
@@ -92,6 +94,7 @@ class DocumentReader(Iterator[Document]):
             num_documents=self._counts["documents"],
             num_bad=self._counts["bad"],
             num_binary_files=self._counts["binary"],
+            num_empty_files=self._counts["empty"],
             num_hidden_files=self.files.num_hidden,
             num_other_files=self.files.num_other,
         )
@@ -114,7 +117,10 @@ class DocumentReader(Iterator[Document]):
             DataError: With the problem and the remedies, if bad records are to raise.
         """
         if self.on_bad == "raise":
-            msg = f"{problem}. Correct it, or leave such documents out with on_bad='skip'."
+            msg = (
+                f"{problem}. Correct it, or leave such documents out with on_bad='skip' "
+                "(--skip-bad)."
+            )
             raise DataError(msg)
         self._counts["warnings"] += 1
         level = logging.WARNING if self._counts["warnings"] <= _MAX_WARNINGS else logging.DEBUG
@@ -128,7 +134,8 @@ class DocumentReader(Iterator[Document]):
         if not self._counts["documents"]:
             msg = (
                 f"Corpus {self.files.root} must hold at least one document, got none "
-                f"({self._counts['bad']} bad, {self._counts['binary']} binary). Check the path."
+                f"({self._counts['bad']} bad, {self._counts['binary']} binary, "
+                f"{self._counts['empty']} empty). Check the path."
             )
             raise DataError(msg)
 
@@ -167,10 +174,15 @@ class DocumentReader(Iterator[Document]):
             self._counts["binary"] += 1
             return None
         try:
-            return _decode(data)
+            text = _decode(data)
         except _BadRecordError as err:
             self._skip_bad(f"{path} {err}")
             return None
+        # many repositories have files without content, such as __init__.py
+        if is_listed and (not text or text.isspace()):
+            self._counts["empty"] += 1
+            return None
+        return text
 
     def _read_json_lines(self, path: Path) -> Iterator[Document]:
         start = self.num_bytes_read
@@ -214,7 +226,7 @@ def iter_documents(
       each text file is a document, and JSON lines files are read as such. With
       `folder_as="folder"` the files of each immediate sub-folder are joined into one document,
       as Memorizing Transformers does with repositories, and files beside them into another.
-      Hidden and binary files (a NUL byte) are passed over.
+      Hidden files, binary files (a NUL byte) and text files without content are passed over.
 
     Files ending in `.gz`, `.xz` and `.zst` are decompressed on the way. The order is that of the
     sorted paths; the paper takes a repository's files in random order.

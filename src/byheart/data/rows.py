@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from byheart.errors import DataError
 
-__all__ = ["Corpus", "RowPlan", "RowPosition", "SegmentDataset", "collate", "micro_batch_rows"]
+__all__ = ["Corpus", "RowPlan", "RowPosition", "SegmentDataset", "collate"]
 
 IGNORED_LABEL = -100
 """Label of positions without a prediction, as `torch.nn.functional.cross_entropy` has it."""
@@ -252,9 +252,9 @@ class SegmentDataset(Dataset[dict[str, Tensor]]):
     """The segments of a plan as a map-style dataset, item `step * num_rows + row`.
 
     Read in order, in batches of a size that divides the number of rows, it gives every slot of
-    every batch its own rows, on several processes and with accumulated micro-batches too
-    (`micro_batch_rows`). So any sequential sampler will do, that of the Hugging Face Trainer
-    included, and skipping batches resumes a run.
+    every batch its own rows, on several processes and with accumulated micro-batches too. So any
+    sequential sampler will do, that of the Hugging Face Trainer included, and skipping batches
+    resumes a run.
 
     An item holds
 
@@ -345,38 +345,6 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         `input_ids` and `labels` (batch, segment), `num_tokens` and `document_start` (batch).
     """
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
-
-
-def micro_batch_rows(
-    micro_batch: int, *, num_rows: int, batch_size: int, process: int = 0, num_processes: int = 1
-) -> range:
-    """Tell which rows a process reads in one of its forward passes.
-
-    Batches of consecutive items go to the processes in turn, as accelerate deals them. With
-    `num_rows = batch_size * num_processes * accumulation_steps` each of the accumulated
-    micro-batches has rows of its own; with fewer rows they are consecutive segments of one row.
-
-    Args:
-        micro_batch: Forward passes of this process before this one.
-        num_rows: Rows of the plan.
-        batch_size: Rows of a micro-batch.
-        process: Index of the process.
-        num_processes: Number of processes.
-
-    Returns:
-        The rows, `batch_size` consecutive ones.
-
-    Raises:
-        ValueError: If rows would not stay with their process.
-    """
-    if num_rows % (batch_size * num_processes):
-        msg = (
-            f"num_rows must be a multiple of batch_size * num_processes "
-            f"({batch_size} * {num_processes}), got {num_rows}. Otherwise rows change process."
-        )
-        raise ValueError(msg)
-    first = (micro_batch * num_processes + process) * batch_size % num_rows
-    return range(first, first + batch_size)
 
 
 def _check_at_least(minimum: int, **numbers: int) -> None:

@@ -53,10 +53,11 @@ _STALE_SECONDS = 24 * 3600.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizeProgress:
-    """How far `tokenize_corpus` has come."""
+    """How far `tokenize_corpus`, or a training run that prepares its documents, has come."""
 
-    stage: Literal["hash", "tokenize"]
-    """First the files are hashed, which a known and untouched corpus skips, then tokenized."""
+    stage: Literal["learn", "hash", "tokenize"]
+    """First the files are hashed, which a known and untouched corpus skips, then tokenized. Before
+    that a run that learns a BPE vocabulary reads them all, which is reported once, as it begins."""
     num_bytes: int
     """Bytes of the files, as stored, that this stage has read."""
     total_bytes: int

@@ -64,13 +64,20 @@ class FlowCallback(TrainerCallback):  # type: ignore[misc]
         step, config = state.global_step, self.config
         is_last = step >= state.max_steps
         stops = self.should_stop()
-        every = config.evaluate_every
         control.should_log = is_last or step % config.log_every == 0
-        control.should_evaluate = self.evaluates and (
-            is_last or (every is not None and step % every == 0)
-        )
+        control.should_evaluate = self.evaluates_after(step)
         control.should_save = is_last or stops or step % config.save_every == 0
         control.should_training_stop = is_last or stops
+
+    def evaluates_after(self, step: int) -> bool:
+        """Tell whether an evaluation follows a step.
+
+        Returns:
+            `True` if one does.
+        """
+        every = self.config.evaluate_every
+        is_due = step >= self.config.max_steps or (every is not None and step % every == 0)
+        return self.evaluates and is_due
 
 
 class ConsoleCallback(TrainerCallback):  # type: ignore[misc]

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from byheart.errors import ByheartError, CheckpointError
+from byheart.errors import CheckpointError
 from byheart.memory.files import MANIFEST, read_manifest, write_manifest
 from byheart.memory.persistence import state_tensors, with_tensors
 from byheart.memory.state import MemoryState
@@ -56,6 +56,8 @@ FORMAT_VERSION = 1
 MODEL = "model"
 POSITIONS = "positions.json"
 _PREFIX = "checkpoint-"
+# by these names the errors of torch.save can be told from its others
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream", "cannot be opened")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,10 +178,17 @@ def rotate_checkpoints(run: Path, keep: int) -> None:
             _remove(path)
 
 
-def remove_checkpoints(run: Path) -> None:
-    """Remove all checkpoints of a run."""
-    for _, path in _directories(run):
-        _remove(path)
+def remove_checkpoints(run: Path, *, after: int = -1, but: int | None = None) -> None:
+    """Remove checkpoints of a run.
+
+    Args:
+        run: The run's directory.
+        after: Only those of later steps; by default all.
+        but: Step of one that stays.
+    """
+    for step, path in _directories(run):
+        if step > after and step != but:
+            _remove(path)
 
 
 def save_memory(
@@ -219,9 +228,9 @@ def load_memory(
         CheckpointError: If there is no such file or it cannot be read.
     """
     file = _memory_file(path, process)
-    device = empty[0].position.device
     try:
-        tensors = load_file(file, device=str(device))
+        # the states move theirs; a second large memory may have no room on the training device
+        tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         msg = f"{file} cannot be read: {error}. Resume from another checkpoint."
         raise CheckpointError(msg) from error
@@ -241,6 +250,8 @@ def load_memory(
 def explained_write_errors(path: Path) -> Iterator[None]:
     """Turn a failed write, whatever library reports it, into one clear error.
 
+    Other errors, such as a lack of memory, pass unchanged.
+
     Args:
         path: What is being written. A directory is removed again if it is incomplete, which may
             free the disk.
@@ -250,19 +261,19 @@ def explained_write_errors(path: Path) -> Iterator[None]:
 
     Raises:
         CheckpointError: If writing fails.
-        ByheartError: As it is, if byheart itself refuses something.
     """
     try:
         yield
-    except ByheartError:
-        raise
-    # torch reports a full disk as a RuntimeError, safetensors with a type of its own
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         if path.is_dir() and not (path / MANIFEST).exists():
             shutil.rmtree(path, ignore_errors=True)
+        # what byheart writes elsewhere is already explained, for its own path
+        cause = error.__cause__ if isinstance(error, CheckpointError) else error
+        if not _is_failed_write(cause):
+            raise
         free = _free_space(path)
         msg = (
-            f"{path} could not be written: {error}. See that the disk has room ({free} free) and "
+            f"{path} could not be written: {cause}. See that the disk has room ({free} free) and "
             "may be written to; then go on from the last complete checkpoint with resume=True "
             "(--resume)."
         )
@@ -294,6 +305,13 @@ def differences(saved: object, mine: object, path: str = "") -> list[tuple[str, 
 def _shown(value: object) -> str:
     # hashes are long, and their beginnings differ
     return value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
+
+
+def _is_failed_write(error: BaseException | None) -> bool:
+    # torch's zip writer raises RuntimeError, as do a lack of memory and broken connections
+    return isinstance(error, (OSError, SafetensorError)) or (
+        isinstance(error, RuntimeError) and any(name in str(error) for name in _TORCH_WRITER)
+    )
 
 
 def _memory_file(path: Path, process: int) -> Path:

@@ -111,7 +111,7 @@ class ModelConfig(DecoderConfig):
 
     @classmethod
     def preset(
-        cls, name: str, *, memory_size: int = 0, top_k: int = 32, **changes: object
+        cls, name: str, *, memory_size: int = 0, top_k: int | None = None, **changes: object
     ) -> "ModelConfig":
         """Give the config of a named size, see `byheart.models.config.preset`.
 
@@ -210,7 +210,14 @@ class EvaluationConfig:
     """Only the first so many tokens of each document; `None` for all."""
 
     def __post_init__(self) -> None:
-        _require_at_least("rows", self.rows, 1)
+        for name, value, least in (
+            ("rows", self.rows, 1),
+            ("max_documents", self.max_documents, 1),
+            # of two tokens one is predicted
+            ("max_tokens", self.max_tokens, 2),
+        ):
+            if value is not None:
+                _require_at_least(name, value, least)
         if any(size < 0 for size in self.memory_sizes or ()):
             msg = f"memory_sizes must be at least 0, got {list(self.memory_sizes or ())}."
             raise ValueError(msg)

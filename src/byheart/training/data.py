@@ -37,12 +37,17 @@ def load_data(
         config: Documents and tokenizer.
         saved_tokenizer: Where the run has saved its tokenizer: a BPE vocabulary is not learned
             again.
-        on_progress: Called every few megabytes.
+        on_progress: Called before a BPE vocabulary is learned, and every few megabytes.
 
     Returns:
         The opened data.
     """
-    tokenizer = _load_tokenizer(config, saved_tokenizer)
+    if config.bpe_size is None:
+        tokenizer = load_tokenizer(config.tokenizer)
+    elif saved_tokenizer is not None:
+        tokenizer = load_tokenizer(saved_tokenizer)
+    else:
+        tokenizer = _learn_tokenizer(config, config.bpe_size, on_progress)
 
     def open_corpus(path: str) -> TokenizedCorpus:
         return tokenize_corpus(
@@ -87,11 +92,9 @@ def make_dataset(run: RunConfig, corpus: TokenizedCorpus, num_processes: int) ->
     return SegmentDataset(corpus, plan)
 
 
-def _load_tokenizer(config: DataConfig, saved: Path | None) -> Tokenizer:
-    if config.bpe_size is None:
-        return load_tokenizer(config.tokenizer)
-    if saved is not None:
-        return load_tokenizer(saved)
+def _learn_tokenizer(
+    config: DataConfig, size: int, on_progress: Callable[[TokenizeProgress], None] | None
+) -> Tokenizer:
     documents = iter_documents(
         config.train,
         on_bad=config.on_bad,
@@ -99,4 +102,9 @@ def _load_tokenizer(config: DataConfig, saved: Path | None) -> Tokenizer:
         text_key=config.text_key,
         suffixes=config.suffixes,
     )
-    return BpeTokenizer.train((document.text for document in documents), config.bpe_size)
+    if on_progress is not None:
+        total = documents.files.num_bytes()
+        on_progress(
+            TokenizeProgress(stage="learn", num_bytes=0, total_bytes=total, num_documents=0)
+        )
+    return BpeTokenizer.train((document.text for document in documents), size)

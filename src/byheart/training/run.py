@@ -18,7 +18,7 @@ from byheart.data.rows import SegmentDataset
 from byheart.data.token_cache import TokenizeProgress
 from byheart.data.tokenize import Tokenizer
 from byheart.evaluation.perplexity import evaluate_perplexity
-from byheart.models.checkpoint import load_weights, save_model
+from byheart.models.checkpoint import save_model
 from byheart.models.decoder import Decoder
 from byheart.training.arguments import training_arguments
 from byheart.training.callbacks import TrainEvent
@@ -57,10 +57,11 @@ class TrainResult:
     """Step of the checkpoint that this call went on from; `None` if it started at 0."""
     num_parameters: int
     """Parameters of the model."""
-    num_tokens: int
-    """Tokens read."""
+    num_tokens: int | None
+    """Tokens read; `None` if `metrics.jsonl` was removed after the last step."""
     loss: float
-    """Last logged loss: mean over the predicted tokens, nats."""
+    """Last logged loss: mean over the predicted tokens, nats. NaN if `metrics.jsonl` was removed
+    after the last step."""
     evaluation: Mapping[str, float]
     """Metrics of the last evaluation; empty without validation documents."""
 
@@ -195,14 +196,7 @@ def _train(
         evaluate=evaluate,
         on_event=on_event,
     )
-    checkpoint = parts.checkpoint
-    if checkpoint is not None and checkpoint.step == run.training.max_steps:
-        # killed between the last step and the end
-        load_weights(decoder, checkpoint.path / MODEL)
-        if arguments.process_index == 0:
-            trainer.metrics.truncate(checkpoint.step)
-    else:
-        trainer.train(checkpoint)
+    trainer.train(parts.checkpoint)
     return decoder
 
 
@@ -299,6 +293,10 @@ def _check_steps(checkpoint: Checkpoint, run: RunConfig, out: Path) -> None:
 def _result(out: Path, decoder: Decoder, parts: _Parts) -> TrainResult:
     lines = MetricsFile(out / METRICS).read()
     logs = [line for line in lines if "loss" in line]
+    if not logs:
+        # the model is whole, so a log that somebody removed must not keep it from being used
+        _LOGGER.warning("%s has no log line: loss and tokens read are unknown.", out / METRICS)
+        logs = [{"loss": "nan", "num_tokens": None}]
     evaluations = [line for line in lines if "loss" not in line]
     last = evaluations[-1] if evaluations else {}
     return TrainResult(

@@ -31,6 +31,7 @@ from byheart.training.checkpoint import (
     complete_checkpoint,
     explained_write_errors,
     load_memory,
+    remove_checkpoints,
     rotate_checkpoints,
     save_memory,
 )
@@ -104,13 +105,16 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
         self._measure = evaluate
         self._on_event = on_event
         self._stop = StopSignals()
+        self._resumed_from: int | None = None
         self._displays: list[ConsoleCallback | TensorboardCallback] = [ConsoleCallback()]
         if TensorboardCallback.is_available():
             self._displays.append(TensorboardCallback(self.out_dir / "tensorboard"))
         # it prints to standard output
         self.remove_callback(PrinterCallback)
-        flow = FlowCallback(config, evaluates=evaluate is not None, should_stop=self._should_stop)
-        for callback in (flow, *self._displays):
+        self._flow = FlowCallback(
+            config, evaluates=evaluate is not None, should_stop=self._should_stop
+        )
+        for callback in (self._flow, *self._displays):
             self.add_callback(callback)
 
     def identity(self) -> dict[str, Any]:
@@ -124,7 +128,8 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
         """Train to the last step.
 
         Args:
-            resume_from_checkpoint: Where to go on; `None` starts at step 0.
+            resume_from_checkpoint: Where to go on; `None` starts at step 0. That of the last step
+                only gives the decoder its weights.
 
         Raises:
             CheckpointError: If the checkpoint belongs to another run, or one cannot be written.
@@ -139,9 +144,14 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
         else:
             self._restore(checkpoint)
         self._micro_batch = 0
+        self._resumed_from = None if checkpoint is None else checkpoint.step
         if self.is_world_process_zero():
             self.metrics.truncate(0 if checkpoint is None else checkpoint.step)
-        self._emit("start", {"resumed_from": None if checkpoint is None else checkpoint.step})
+        self._emit("start", {"resumed_from": self._resumed_from})
+        if checkpoint is not None:
+            self._catch_up(checkpoint)
+            if checkpoint.step == self.training_config.max_steps:
+                return
         self._meter.restart_clock()
         try:
             with self._stop:
@@ -230,10 +240,16 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, **_: Any) -> dict[str, float]:
         """Measure the decoder; training goes on as if nothing had happened.
 
+        A checkpoint of the same step is written first: an evaluation that fails must not cost the
+        steps since the one before. Resuming makes the evaluation up.
+
         Returns:
             Metrics, their names preceded by `evaluation/`.
         """
         assert self._measure is not None
+        if self.control.should_save:
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         device = self.args.device
         generators = [device] if device.type == "cuda" else []
         self.decoder.eval()
@@ -295,6 +311,12 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
                 self.metrics.sync()
                 positions = self.dataset.positions_at(self.state.global_step - 1)
                 complete_checkpoint(path, self.identity(), positions)
+                if self._resumed_from is not None:
+                    # damaged ones that were passed over would take the place of good ones
+                    remove_checkpoints(
+                        self.out_dir, after=self._resumed_from, but=self.state.global_step
+                    )
+                    self._resumed_from = None
                 rotate_checkpoints(self.out_dir, self.training_config.keep_checkpoints)
             wait()
         self._emit("checkpoint", {"path": str(path)})
@@ -332,6 +354,18 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
             checkpoint.path, self._empty_memory(), self.args.process_index
         )
         self._meter.load_state(sums)
+
+    def _catch_up(self, checkpoint: Checkpoint) -> None:
+        step, lines = checkpoint.step, self.metrics.read()
+        is_evaluated = any(line["step"] == step and "loss" not in line for line in lines)
+        is_owed = self._flow.evaluates_after(step) and not is_evaluated
+        # all have read the lines before one writes another
+        self.accelerator.wait_for_everyone()
+        if is_owed or step == self.training_config.max_steps:
+            load_weights(self.decoder, checkpoint.path / MODEL)
+        if is_owed:
+            self.state.global_step = step
+            self.evaluate()
 
     def _empty_memory(self) -> list[MemoryState]:
         rows, count = self.training_config.rows_per_device, self.training_config.accumulation_steps
