@@ -27,7 +27,7 @@ from byheart.training.config import RunConfig
 from byheart.training.run import train
 
 VARIANTS = ("none", "xl", "memory")
-MEMORY_SIZES = (0, 512, 2048, 8192, 32_768)
+MEMORY_SIZES = (0, 2048, 8192, 32_768)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -24,7 +24,7 @@ def compare_memory() -> RunConfig:
             hidden_dim=512,
             segment_length=64,
             xl_cache_length=64,
-            knn_memory=KnnMemoryConfig(layers=(2,), memory_size=8192, top_k=32, combine="joint"),
+            knn_memory=KnnMemoryConfig(layers=(2,), memory_size=8192, top_k=32),
         ),
         data=DataConfig(train="DOCUMENTS", tokenizer="bpe:1024"),
         training=TrainingConfig(
