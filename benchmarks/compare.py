@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.harness import machine_info
-
 from byheart.config import apply_overrides
 from byheart.data.token_cache import tokenize_corpus
 from byheart.data.tokenize import load_tokenizer

@@ -68,7 +68,7 @@ def optimize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Ten
 def our_step(memory_size: int, tokens: Tensor, dtype: str) -> Step:
     """Build a training step of byheart whose memory is full."""
     torch.manual_seed(0)
-    config = preset("20m", VOCAB, memory_size=memory_size, top_k=TOP_K)
+    config = preset("20m", VOCAB, memory_size=memory_size, top_k=TOP_K if memory_size else None)
     if config.knn_memory is not None:
         config = replace(config, knn_memory=replace(config.knn_memory, dtype=dtype))
     decoder = Decoder(config)

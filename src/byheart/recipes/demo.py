@@ -16,22 +16,22 @@ def demo() -> RunConfig:
     return RunConfig(
         name="demo",
         model=ModelConfig(
-            num_layers=4,
+            num_layers=3,
             embed_dim=128,
             num_heads=4,
             head_dim=32,
             hidden_dim=512,
-            segment_length=128,
-            xl_cache_length=128,
-            knn_memory=KnnMemoryConfig(layers=(2,), memory_size=2048, top_k=32, combine="joint"),
+            segment_length=64,
+            xl_cache_length=64,
+            knn_memory=KnnMemoryConfig(layers=(1,), memory_size=2048),
         ),
         data=DataConfig(
             train=str(sample_path("train")),
             validation=str(sample_path("validation")),
-            tokenizer="bpe:2048",
+            tokenizer="bpe:1024",
         ),
         training=TrainingConfig(
-            rows_per_device=8,
+            rows_per_device=32,
             max_steps=1000,
             learning_rate=3e-3,
             warmup_steps=100,
