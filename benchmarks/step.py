@@ -1,6 +1,7 @@
 """What a kNN memory adds to a training step, against the same step without it and against a peer.
 
     python -m benchmarks.step --out benchmarks/results/step.json [--quick]
+    python -m benchmarks.step --out benchmarks/results/step.json --peaks    # adds peak memory
 
 The model is the preset "20m": 6 layers, width 512, 8 heads of 64; 4 rows of 512 tokens of text, XL
 cache 512, one memory layer, top-32. A step is forward, backward, clipping, AdamW and commit, with
@@ -9,6 +10,7 @@ shape; it keeps one key-value head for all query heads, and searches an approxim
 """
 
 import argparse
+import json
 import resource
 import subprocess
 import sys
@@ -157,7 +159,7 @@ def peak_memory(name: str, quick: bool) -> int:
     return int(output.split()[-1])
 
 
-def report(timings: dict[str, float], peaks: dict[str, int]) -> dict[str, Any]:
+def report(timings: dict[str, float]) -> dict[str, Any]:
     base = timings["byheart 0"]
     result: dict[str, Any] = {}
     for name, seconds in timings.items():
@@ -166,7 +168,6 @@ def report(timings: dict[str, float], peaks: dict[str, int]) -> dict[str, Any]:
             "seconds_per_step": seconds,
             "ratio_to_step_without_memory": seconds / own_base,
             "seconds_added_by_memory": seconds - own_base,
-            "peak_resident_mib": round(peaks[name] / 2**20),
         }
     peer = f"memorizing-transformers-pytorch {PEER_ENTRIES}"
     if peer in result:
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="8K entries only, fewer rounds")
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--peaks", action="store_true", help="measure memory, not time")
     parser.add_argument("--only", help="do three steps of one contender and print its peak memory")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -190,25 +192,31 @@ def main() -> None:
                 step()
             print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
             return
+        if arguments.peaks:
+            add_peaks(arguments.out, list(builders), quick=arguments.quick)
+            return
         info = machine_info(["memorizing-transformers-pytorch", "faiss-cpu"])
         steps = {name: build() for name, build in builders.items()}
         rounds = arguments.rounds or (3 if arguments.quick else 7)
         timings = {name: t.median for name, t in time_pairs(steps, rounds).items()}
-        for name, seconds in timings.items():
-            print(f"{name}: {seconds:.3f} s per step", file=sys.stderr)
-        print("Now the peak memory of each, in processes of their own.", file=sys.stderr)
-        peaks = {name: peak_memory(name, arguments.quick) for name in builders}
-    result = report(timings, peaks)
+    result = report(timings)
     for name, row in result.items():
         if isinstance(row, dict):
-            print(
-                f"{name:40} {row['seconds_per_step']:7.3f} s  "
-                f"x{row['ratio_to_step_without_memory']:.2f}  {row['peak_resident_mib']:6} MiB"
-            )
+            ratio = row["ratio_to_step_without_memory"]
+            print(f"{name:40} {row['seconds_per_step']:7.3f} s  x{ratio:.2f}")
         else:
             print(f"{name:40} {row:7.2f}")
     if arguments.out:
         write_json(arguments.out, {"machine": info, "rounds": rounds, "results": result})
+
+
+def add_peaks(out: Path, names: list[str], *, quick: bool) -> None:
+    """Add the peak memory of each contender to the results that are there."""
+    content = json.loads(out.read_text(encoding="utf-8"))
+    for name in names:
+        content["results"][name]["peak_resident_mib"] = round(peak_memory(name, quick) / 2**20)
+        print(f"{name:40} {content['results'][name]['peak_resident_mib']:7,} MiB")
+        write_json(out, content)
 
 
 if __name__ == "__main__":

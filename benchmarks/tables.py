@@ -1,0 +1,180 @@
+"""Write the tables of benchmarks/README.md from the committed results.
+
+python -m benchmarks.tables
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+INTRODUCTION = """# Benchmarks
+
+One command per question; each writes JSON with its command, machine and versions. Ratios come from
+one run, in which the contenders take turns. `make bench` runs the quick set; `make bench-peers`
+installs the packages to compare with. The tables are written by `python -m benchmarks.tables`.
+"""
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = HERE / "results" / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
+    return (
+        f"`{machine['command']}` on {machine['cores']} cores of {machine['processor']} "
+        f"({machine['cpu_capability']}), {machine['date']}; {versions}."
+    )
+
+
+def step_section() -> str | None:
+    result = read("step.json")
+    if result is None:
+        return None
+    rows = [
+        [
+            name,
+            f"{row['seconds_per_step']:.3f}",
+            f"{row['ratio_to_step_without_memory']:.2f}",
+            f"{row['seconds_added_by_memory']:.3f}",
+            f"{row['peak_resident_mib']:,}" if "peak_resident_mib" in row else "-",
+        ]
+        for name, row in result["results"].items()
+        if isinstance(row, dict)
+    ]
+    share = result["results"].get("added_by_us_over_added_by_peer")
+    header = ["step", "seconds (median)", "ratio", "added by memory (s)", "peak memory (MiB)"]
+    return "\n\n".join(
+        [
+            "## What a kNN memory adds to a training step",
+            "6 layers, width 512, 8 heads of 64, 4 rows of 512 tokens, one memory layer, "
+            "exact top-32, memory full. The peer searches approximately (HNSW) with one key-value "
+            "head for all query heads, so it keeps and searches an eighth of the entries.",
+            table(header, rows),
+            f"At 8,192 entries byheart adds {share:.2f} of what the peer adds. The paper: x 1.25 "
+            "at 8K and x 3.0 at 65K on a TPU v3.",
+            machine_line(result["machine"]),
+        ]
+    )
+
+
+def search_section() -> str | None:
+    result = read("search.json")
+    if result is None:
+        return None
+    names = list(result["cases"][0]["contenders"])
+    rows = [
+        [
+            f"{case['keys']}, {case['entries']:,}",
+            *(
+                f"{case['contenders'][name]['median_seconds']:.3f}"
+                if name in case["contenders"]
+                else "-"
+                for name in names
+            ),
+        ]
+        for case in result["cases"]
+    ]
+    shape = result["shape"]
+    note = result["machine"]["command"]
+    return "\n\n".join(
+        [
+            "## Exact search against the bare matrix product",
+            f"Seconds for 4 rows, {shape['heads']} heads, {shape['queries']} queries of "
+            f"{shape['head_dim']} numbers, top-{shape['top_k']}. The products are the floor: all "
+            "inner products into one buffer, nothing selected. Every result was checked against "
+            "`matmul` + `topk`, score by score.",
+            table(["keys, entries", *names], rows),
+            "The machine did other work at the time and the run had real-time priority: read the "
+            "ratios within a row."
+            if "chrt" in note
+            else "",
+            machine_line(result["machine"]),
+        ]
+    )
+
+
+def recall_section() -> str | None:
+    result = read("recall.json")
+    if result is None:
+        return None
+    searches = list(dict.fromkeys(row["search"] for row in result["results"]))
+    keys = list(dict.fromkeys(row["keys"] for row in result["results"]))
+    found = {(row["search"], row["keys"]): row["recall"] for row in result["results"]}
+    rows = [
+        [search, *(f"{found[search, key]:.3f}" if (search, key) in found else "-" for key in keys)]
+        for search in searches
+    ]
+    return "\n\n".join(
+        [
+            "## Recall of the approximate searches",
+            f"Share of the exact top-{result['top_k']} of 65,536 entries. Keys of a decoder after "
+            f"{result['training_steps']} steps on source code, byte trigrams of the same text, and "
+            "random unit vectors.",
+            table(["search", *keys], rows),
+            f"`python -m benchmarks.recall --out benchmarks/results/recall.json`, text: "
+            f"{result['text']}.",
+        ]
+    )
+
+
+def compare_section(corpus: str) -> str | None:
+    summary = read(f"compare-{corpus}/summary.json")
+    if summary is None:
+        return None
+    names = {"none": "no cache, no memory", "xl": "XL cache", "memory": "XL cache + memory"}
+    rows = []
+    for variant, content in summary["variants"].items():
+        for item in content["evaluation"]["measurements"]:
+            size = item["memory_size"]
+            rows.append(
+                [
+                    names[variant] + (f" of {size:,}" if variant == "memory" else ""),
+                    f"{item['perplexity']:.3f}",
+                    f"{item['bits_per_byte']:.4f}",
+                    *(f"{b['nats_per_token']:.4f}" for b in item["buckets"] if b["num_tokens"]),
+                ]
+            )
+    measured = summary["variants"]["none"]["evaluation"]["measurements"][0]
+    spans = [
+        f"{b['start']:,}-{b['end']:,}" if b["end"] else f"{b['start']:,}-"
+        for b in measured["buckets"]
+        if b["num_tokens"]
+    ]
+    trained = summary["variants"]["none"]["training"]["num_tokens"]
+    header = ["model", "perplexity", "bits per byte", *(f"loss at {span}" for span in spans)]
+    return "\n\n".join(
+        [
+            f"## Three models with equal tokens: {corpus}",
+            f"{trained:,} tokens each, seed {summary['seed']}; {measured['num_tokens']:,} "
+            f"validation tokens of {measured['num_documents']} documents. Losses are nats per "
+            "token by position in the document. Memory sizes other than the trained 8,192 are "
+            "evaluation only.",
+            table(header, rows),
+            f"![training](results/compare-{corpus}/training.png)",
+            machine_line({**summary["machine"], "command": summary["command"]}),
+        ]
+    )
+
+
+def main() -> None:
+    sections = [
+        step_section(),
+        search_section(),
+        recall_section(),
+        compare_section("python"),
+        compare_section("arxiv-math"),
+    ]
+    text = "\n\n".join([INTRODUCTION.strip(), *(section for section in sections if section)])
+    (HERE / "README.md").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
