@@ -60,6 +60,7 @@ def step_section() -> str | None:
             table(header, rows),
             f"At 8,192 entries byheart adds {share:.2f} of what the peer adds. The paper: x 1.25 "
             "at 8K and x 3.0 at 65K on a TPU v3.",
+            result.get("note", ""),
             machine_line(result["machine"]),
         ]
     )
@@ -159,6 +160,7 @@ def compare_section(corpus: str) -> str | None:
             "evaluation only.",
             table(header, rows),
             f"![training](results/compare-{corpus}/training.png)",
+            summary.get("note", ""),
             machine_line({**summary["machine"], "command": summary["command"]}),
         ]
     )

@@ -25,7 +25,7 @@ class KnnMemoryConfig:
     search: Literal["exact", "strided_bucket"] = "exact"
     """Exact top-k, or the best entry of each of `num_buckets` strided buckets (authors' code)."""
     num_buckets: int | None = None
-    """Buckets of the strided search; `None` means `top_k` (recall about 0.64, see the docs)."""
+    """Buckets of the strided search; `None` means `top_k` (recall about 0.65, see benchmarks)."""
     store: Literal["dense", "faiss"] = "dense"
     """Exact search in torch, or a faiss inverted-file index: approximate, CPU, `byheart[faiss]`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
