@@ -24,7 +24,10 @@ def compare_memory() -> RunConfig:
             hidden_dim=512,
             segment_length=64,
             xl_cache_length=64,
-            knn_memory=KnnMemoryConfig(layers=(2,), memory_size=8192, top_k=32),
+            # small models match "what followed this token before" in their last layer, and a gate
+            # that starts at 0.27 leaves local attention time to learn it
+            gate_bias_init=-1.0,
+            knn_memory=KnnMemoryConfig(layers=(3,), memory_size=8192, top_k=32),
         ),
         data=DataConfig(train="DOCUMENTS", tokenizer="bpe:1024"),
         training=TrainingConfig(
