@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from byheart.errors import DataError
-from byheart.testing.parity import TOLERANCE, layer_difference, main
+from byheart.testing.parity import TOLERANCE, main
+from byheart.testing.parity_layer import layer_difference
 
 RECORDED = sorted((Path(__file__).parent / "data").glob("mt_layer_*.npz"))
 BATCH, SEGMENT, HEADS, HEAD_DIM, EMBED_DIM, HIDDEN_DIM, TOP_K = 2, 5, 3, 4, 7, 11, 6
@@ -208,7 +209,7 @@ def test_command_reports_every_file_and_fails_if_one_differs(tmp_path, arrays, c
     captured = capsys.readouterr()
     assert "largest difference 5.0e-01, DIFFERS" in captured.out
     assert captured.out.splitlines()[1].endswith("agrees")
-    assert "must be a file mt_layer_*.npz, got a directory" in captured.err
+    assert "expected.safetensors cannot be read" in captured.err
 
 
 def test_command_fails_on_nan(tmp_path, arrays):

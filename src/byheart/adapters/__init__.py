@@ -1,0 +1,1 @@
+"""byheart's memories on Hugging Face models."""

@@ -1,0 +1,178 @@
+"""What kind of model a Hugging Face model is, and what fits into its window."""
+
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from byheart.adapters.window_models import (
+    CausalWindowModel,
+    ClassifierWindowModel,
+    Seq2SeqWindowModel,
+)
+from byheart.models.recurrent_config import RecurrentMemoryConfig
+
+Kind = Literal["decoder", "encoder", "encoder-decoder"]
+"""How a model reads: causally with a language-model head, in both directions with a head for whole
+texts, or in both directions with a decoder that answers."""
+
+_SUPPORTED = (
+    "a causal language model, an encoder for sequence classification, or an encoder-decoder for "
+    "conditional generation"
+)
+
+
+def model_kind(model: PreTrainedModel) -> Kind:
+    """Find out how a model reads.
+
+    Args:
+        model: A Hugging Face model with its head.
+
+    Returns:
+        Its kind.
+
+    Raises:
+        ValueError: If it is no model that recurrent memory can be put around.
+    """
+    name, family = type(model).__name__, model.config.model_type
+    if model.config.is_encoder_decoder and name.endswith("ForConditionalGeneration"):
+        return "encoder-decoder"
+    if name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) and (
+        family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model.config.is_decoder
+    ):
+        return "decoder"
+    if name.endswith("ForSequenceClassification") and family in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return "encoder"
+    msg = f"model must be {_SUPPORTED}, got {name}. Load the model with its head."
+    raise ValueError(msg)
+
+
+def window_model(
+    model: PreTrainedModel,
+) -> CausalWindowModel | ClassifierWindowModel | Seq2SeqWindowModel:
+    """Make a reader of windows of a model.
+
+    Returns:
+        The reader, for the model's kind.
+    """
+    kind = model_kind(model)
+    if kind == "decoder":
+        return CausalWindowModel(model)
+    return ClassifierWindowModel(model) if kind == "encoder" else Seq2SeqWindowModel(model)
+
+
+def window_length(config: RecurrentMemoryConfig, kind: Kind) -> int:
+    """Return the positions that a segment with memory and special tokens takes."""
+    copies = 2 if kind == "decoder" else 1
+    return config.segment_length + config.num_special_tokens + copies * config.num_memory_tokens
+
+
+def require_fits(model: PreTrainedModel, config: RecurrentMemoryConfig) -> None:
+    """Refuse a memory that the model could not use.
+
+    Args:
+        model: The model.
+        config: The memory.
+
+    Raises:
+        ValueError: If the window is too small, local attention would cut the memory off, hidden
+            states do not fit into the embedding, special tokens stand around a decoder's memory,
+            or a decoder's memory has to be found behind a short first segment.
+    """
+    kind = model_kind(model)
+    reader = window_model(model)
+    width = model.get_input_embeddings().weight.shape[1]
+    if reader.embed_dim != width:
+        msg = (
+            f"Hidden states must be as wide as the token embeddings, got {reader.embed_dim} and "
+            f"{width} for {type(model).__name__}: what is written could not be read. Use a model "
+            "without factorised embeddings."
+        )
+        raise ValueError(msg)
+    if kind == "decoder" and config.num_special_tokens:
+        msg = (
+            "start_ids, separator_ids and end_ids must be empty for a decoder, got "
+            f"{config.start_ids}, {config.separator_ids}, {config.end_ids}. Put special tokens "
+            "into the text."
+        )
+        raise ValueError(msg)
+    _require_window(model, config, kind)
+    _require_ids(model, config)
+
+
+def _require_window(model: PreTrainedModel, config: RecurrentMemoryConfig, kind: Kind) -> None:
+    needed = window_length(config, kind)
+    positions = max_positions(model)
+    if positions is not None and needed > positions:
+        msg = (
+            f"Segment, memory and special tokens must fit into the window of {positions} "
+            f"positions, got {needed}: {config.segment_length} text, {config.num_memory_tokens} "
+            f"memory{' (twice)' if kind == 'decoder' else ''}, {config.num_special_tokens} "
+            "special. "
+            f"Set segment_length to at most {config.segment_length - needed + positions}."
+        )
+        raise ValueError(msg)
+    reach = attention_reach(model)
+    if config.num_memory_tokens and reach is not None and needed > reach:
+        msg = (
+            f"All of a window must see the memory, but a layer of {type(model).__name__} looks "
+            f"only {reach} positions far, and the window has {needed}. Set segment_length to at "
+            f"most {config.segment_length - needed + reach}."
+        )
+        raise ValueError(msg)
+
+
+def _require_ids(model: PreTrainedModel, config: RecurrentMemoryConfig) -> None:
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    ids = (*config.start_ids, *config.separator_ids, *config.end_ids)
+    if any(not 0 <= token < vocab_size for token in ids):
+        msg = (
+            f"Special tokens must be below the model's vocabulary of {vocab_size}, got {ids}. Use "
+            "the tokenizer that belongs to the model."
+        )
+        raise ValueError(msg)
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Return the positions that a model can tell apart; `None` if there is no limit."""
+    config = model.config.get_text_config()
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if config.model_type in {"t5", "mt5", "umt5", "bloom"}:
+        return None  # relative positions or ALiBi; `n_positions` is no limit there
+    for name, module in model.named_modules():
+        # RoBERTa and its family count positions from behind the padding index
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - offset
+    return limit
+
+
+def attention_reach(model: PreTrainedModel) -> int | None:
+    """Return how many positions the layer with the shortest sight covers, its own included.
+
+    Returns:
+        Positions; `None` if every layer sees everything.
+    """
+    config = model.config.get_text_config()
+    reaches = []
+    sliding = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    slides = getattr(config, "use_sliding_window", True)
+    if layer_types is not None:
+        slides = any("sliding" in kind or "chunked" in kind for kind in layer_types)
+    if sliding and slides:
+        reaches.append(int(sliding))
+    if getattr(config, "attention_chunk_size", None) and slides:
+        reaches.append(int(config.attention_chunk_size))
+    if getattr(config, "local_attention", None):  # ModernBERT: half to each side
+        reaches.append(int(config.local_attention) // 2 + 1)
+    if config.model_type == "gpt_neo":
+        reaches.append(int(config.window_size))
+    if getattr(config, "attention_window", None):  # Longformer: half to each side
+        window = config.attention_window
+        reaches.append(min(window if isinstance(window, list) else [window]) // 2 + 1)
+    return min(reaches, default=None)

@@ -1,0 +1,39 @@
+"""Load Hugging Face models from a directory."""
+
+import os
+from pathlib import Path
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from byheart.errors import CheckpointError
+
+
+def load_transformer(directory: str | os.PathLike[str]) -> PreTrainedModel:
+    """Load a model as the class that its config names.
+
+    Args:
+        directory: A Hugging Face checkpoint on this machine.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        CheckpointError: If it cannot be read, or names no class that transformers has.
+    """
+    if not Path(directory).is_dir():
+        msg = f"There is no model directory {directory}. Check the path."
+        raise CheckpointError(msg)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        name = (config.architectures or ["none"])[0]
+        model_class = getattr(transformers, name, None)
+        if model_class is None:
+            msg = f"config.json in {directory} must name a class of transformers, got {name}."
+            raise CheckpointError(msg)
+        model = model_class.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        msg = f"{directory} cannot be read as a Hugging Face model: {error}"
+        raise CheckpointError(msg) from error
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()

@@ -1,0 +1,227 @@
+"""Recurrent memory on any Hugging Face model: `RecurrentMemory`."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from byheart.adapters.families import model_kind, require_fits, window_model
+from byheart.adapters.heads import make_head
+from byheart.memory.recurrent import NewMemory, RecurrentLayout, RecurrentState
+from byheart.models.fingerprint import model_fingerprint
+from byheart.models.recurrent import RecurrentCore, Segment
+from byheart.models.recurrent_config import RecurrentMemoryConfig
+from byheart.models.recurrent_text import RowText, gather_text, new_memory
+from byheart.models.segmentation import Step, plan_steps
+
+
+@dataclass
+class RecurrentOutput(ModelOutput):  # type: ignore[misc]
+    """What a forward pass returns."""
+
+    loss: Float[Tensor, ""] | None = None
+    """Mean loss, in nats: over the labelled tokens, or over the rows of a classifier."""
+    logits: Tensor | None = None
+    """Language models: scores of the next token, `[batch, tokens, vocab]`, of the last
+    `logits_to_keep` input columns. Classifiers: `[batch, labels]`. Encoder-decoders: `[batch,
+    answer, vocab]`. The last two read the last segment of each row."""
+    token_losses: Float[Tensor, "batch tokens"] | None = None
+    """Language models: negative log likelihood of each label, in nats; 0 where it is -100."""
+    new_entries: NewMemory | None = None
+    """What to give to `state.commit`."""
+
+
+class RecurrentMemory(nn.Module):
+    """A Hugging Face model that passes memory tokens from segment to segment.
+
+    Encoders for sequence classification, causal language models and encoder-decoders:
+
+        config = RecurrentMemoryConfig(segment_length=499, start_ids=(101,), separator_ids=(102,),
+                                       end_ids=(102,), alignment="right")
+        memory_model = RecurrentMemory(model, config)
+        out = memory_model(input_ids, attention_mask=mask, labels=labels)
+        out.loss.backward()
+
+    Texts of any length are read segment by segment. Without a `state` every row is a whole
+    document; with one, the next piece of it: `state = state.commit(out.new_entries)`.
+
+    Source:
+        Bulatov, Kuratov, Burtsev 2022 (arXiv:2207.06881) and 2023 (arXiv:2304.11062).
+    """
+
+    def __init__(self, model: PreTrainedModel, config: RecurrentMemoryConfig) -> None:
+        """Put memory around a model.
+
+        Args:
+            model: A Hugging Face model with its head. It is used as it is, and not changed.
+            config: The memory.
+
+        Raises:
+            ValueError: If the model cannot use this memory.
+        """
+        super().__init__()
+        require_fits(model, config)
+        self.model = model
+        self.kind = model_kind(model)
+        self.memory_config = config
+        weight = model.get_input_embeddings().weight.detach().float()
+        self.memory = RecurrentCore(
+            config, weight.shape[1], mean=weight.mean(dim=0), std=weight.std(dim=0)
+        ).to(weight.device)
+
+    @property
+    def config(self) -> Any:
+        """The config of the model inside."""
+        return self.model.config
+
+    @property
+    def layout(self) -> RecurrentLayout:
+        """The shape of the memory."""
+        return RecurrentLayout(
+            num_memory_tokens=self.memory_config.num_memory_tokens,
+            embed_dim=self.memory.memory.shape[1],
+            segment_length=self.memory_config.segment_length,
+        )
+
+    def new_state(self, batch_size: int) -> RecurrentState:
+        """Make a state in which no row has read anything.
+
+        Args:
+            batch_size: Rows.
+
+        Returns:
+            The empty state.
+        """
+        return RecurrentState.empty(self.layout, batch_size, device=self.memory.memory.device)
+
+    def save_state(self, state: RecurrentState, directory: str | os.PathLike[str]) -> None:
+        """Write a state of this model to a directory, with a fingerprint of the weights.
+
+        Args:
+            state: What to save.
+            directory: Where to. It is replaced only when the new one is complete.
+        """
+        self.layout.require_same(state.layout, "The memory state")
+        state.save(os.fspath(directory), fingerprint=model_fingerprint(self))
+
+    def load_state(self, directory: str | os.PathLike[str]) -> RecurrentState:
+        """Read a state that these weights have made.
+
+        Args:
+            directory: Where `save_state` has written it.
+
+        Returns:
+            The state, on the model's device.
+        """
+        return RecurrentState.load(
+            os.fspath(directory),
+            self.layout,
+            fingerprint=model_fingerprint(self),
+            device=self.memory.memory.device,
+        )
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        *,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        targets: Int[Tensor, "batch tokens"] | None = None,
+        state: RecurrentState | None = None,
+        document_start: Bool[Tensor, " batch"] | None = None,
+        logits_to_keep: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> RecurrentOutput:
+        """Read texts segment by segment.
+
+        Args:
+            input_ids: Text of each row, without special tokens for encoders.
+            attention_mask: `[batch, tokens]`, 1 for text and 0 for padding before or behind it;
+                `None` for no padding. A row without text keeps its memory.
+            labels: As Hugging Face models take them: for language models `[batch, tokens]`, the
+                token at each place or -100, shifted here; for classifiers `[batch]`; for
+                encoder-decoders `[batch, answer]`.
+            targets: For language models instead of `labels`: what follows each token, not shifted
+                here. So the last token of a piece can be asked what the next piece begins with.
+            state: What the rows have read; `None` for nothing.
+            document_start: Rows that begin a new document: they forget the one before.
+            logits_to_keep: Language models: input columns, counted from the end, whose logits are
+                returned; `None` for all if there are no labels, and for none otherwise.
+            num_items_in_batch: What the sum of losses is divided by, if not by their number; for
+                gradient accumulation.
+
+        Returns:
+            Loss and logits, and the memory to commit.
+
+        Raises:
+            ValueError: If an argument does not fit the model or the others.
+        """
+        if state is None:
+            state = self.new_state(len(input_ids))
+        self.layout.require_same(state.layout, "The memory state")
+        if document_start is None:
+            document_start = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self._check(input_ids, state)
+        before = state.start_documents(document_start)
+        text = gather_text(input_ids, attention_mask, before)
+        head = make_head(
+            self.kind, text, labels=labels, targets=targets, logits_to_keep=logits_to_keep
+        )
+        steps = plan_steps(
+            text.num_tokens, self.memory_config.segment_length, self.memory_config.alignment
+        )
+        segments = [self._segment(step, text, head.request(step)) for step in steps]
+        outputs, memory = self.memory.unroll(
+            window_model(self.model), segments, self._first_memory(before)
+        )
+        result = head.collect(steps, outputs, num_items_in_batch)
+        left = self.memory_config.alignment == "left"
+        entries = new_memory(text, before, memory, document_start, keep_unfinished=left)
+        return RecurrentOutput(**result, new_entries=entries)
+
+    def _first_memory(self, state: RecurrentState) -> Float[Tensor, "batch memory embed_dim"]:
+        fresh = (state.num_segments == 0)[:, None, None]
+        return torch.where(fresh, self.memory.memory.float(), state.memory)
+
+    def _segment(self, step: Step, text: RowText, request: Any) -> Segment:
+        ids, num_tokens = step.take(text.input_ids)
+        batch = len(text.num_tokens)
+        complete = None
+        if self.memory_config.alignment == "left":
+            whole = [
+                stop - start == self.memory_config.segment_length for start, stop in step.spans
+            ]
+            if not all(whole):
+                complete = torch.tensor(whole, device=ids.device)
+        return Segment(
+            input_ids=ids,
+            num_tokens=num_tokens,
+            rows=None if len(step.rows) == batch else step.row_ids(ids),
+            writes_memory=complete,
+            request=request.content if request is not None else None,
+            has_loss=request is not None and request.has_loss,
+        )
+
+    def _check(self, input_ids: Tensor, state: RecurrentState) -> None:
+        if state.batch_size != len(input_ids):
+            msg = (
+                f"The memory state must have the batch's {len(input_ids)} rows, got "
+                f"{state.batch_size}. Make one with new_state(batch_size) or pick rows with "
+                "state.select_rows."
+            )
+            raise ValueError(msg)
+        vocab_size = self.model.get_input_embeddings().weight.shape[0]
+        # on a GPU the embedding itself refuses; asking here would wait for it
+        if input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= vocab_size:
+                msg = (
+                    f"input_ids must be between 0 and {vocab_size - 1}, got {low} to {high}. Use "
+                    "the tokenizer that belongs to the model."
+                )
+                raise ValueError(msg)

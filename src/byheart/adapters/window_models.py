@@ -1,0 +1,163 @@
+"""Hugging Face models as readers of windows."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from byheart.models.recurrent import Encoded
+from byheart.models.window import Window
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextRequest:
+    """What is wanted of the text of a segment, from a language model."""
+
+    num_columns: int
+    """Text columns of the segment."""
+    targets: Int[Tensor, "rows text"] | None
+    """The token after each; -100 where nothing is predicted. `None`: no losses are wanted."""
+    logits: bool
+    """Whether logits are wanted."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextOutput:
+    """What a language model says about the text of a segment."""
+
+    token_losses: Float[Tensor, "rows text"] | None
+    """Negative log likelihood of each target, in nats; 0 where nothing is predicted."""
+    logits: Float[Tensor, "rows text vocab"] | None
+    """Scores of the next token."""
+
+
+class CausalWindowModel:
+    """A decoder with a language-model head.
+
+    The memory is what the head would read: a hook in front of the head takes it, because base
+    models differ in what they return (OPT-350m's is not in embedding space), and passes on only
+    the columns whose logits are wanted.
+    """
+
+    writes = True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.embedding = model.get_input_embeddings()
+        self.head = model.get_output_embeddings()
+        self.embed_dim = self.head.weight.shape[1]
+
+    def __call__(self, window: Window, request: TextRequest | None) -> Encoded:
+        """Read a window.
+
+        Returns:
+            Hidden states and, if requested, a `TextOutput`.
+        """
+        start = window.text_start
+        stop = start + (request.num_columns if request is not None else 1)
+        taken: list[Tensor] = []
+
+        def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            taken.append(inputs[0])
+            return (inputs[0][:, start:stop], *inputs[1:])
+
+        with _hook(self.head.register_forward_pre_hook, take):
+            logits = self.model(**_inputs(window), use_cache=False).logits
+        if request is None:
+            return Encoded(taken[0], None)
+        losses = None
+        if request.targets is not None:
+            losses = nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), request.targets.flatten(), reduction="none"
+            ).view_as(request.targets)
+        output = TextOutput(token_losses=losses, logits=logits if request.logits else None)
+        return Encoded(taken[0], output)
+
+
+class ClassifierWindowModel:
+    """An encoder with a head for whole texts, such as `BertForSequenceClassification`."""
+
+    writes = False
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.embedding = model.get_input_embeddings()
+        self.embed_dim = model.config.hidden_size
+
+    def __call__(self, window: Window, request: bool | None) -> Encoded:
+        """Read a window.
+
+        Returns:
+            Hidden states and, if requested, logits `[rows, labels]`.
+        """
+        if not request:
+            return Encoded(self.model.base_model(**_inputs(window))[0], None)
+        taken: list[Tensor] = []
+        with _hook(
+            self.model.base_model.register_forward_hook,
+            lambda _, __, output: taken.append(output[0]),
+        ):
+            logits = self.model(**_inputs(window)).logits
+        return Encoded(taken[0], logits)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AnswerRequest:
+    """What is wanted of a segment, from an encoder-decoder."""
+
+    labels: Int[Tensor, "rows answer"] | None
+    """The answer that the decoder shall give, -100 behind its end; `None`: none is given, and the
+    encoder's states are returned."""
+
+
+class Seq2SeqWindowModel:
+    """An encoder-decoder: the encoder has the memory, the decoder reads the last segment."""
+
+    writes = False
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.encoder = model.get_encoder()
+        self.embedding = model.get_input_embeddings()
+        self.embed_dim = self.embedding.weight.shape[1]
+
+    def __call__(self, window: Window, request: AnswerRequest | None) -> Encoded:
+        """Read a window.
+
+        Returns:
+            Hidden states of the encoder and, if requested, logits `[rows, answer, vocab]`, or the
+            encoder's states with their mask.
+        """
+        encoded = self.encoder(**_inputs(window))
+        hidden = encoded[0]
+        if request is None:
+            return Encoded(hidden, None)
+        mask = window.mask
+        if mask is None:
+            mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        if request.labels is None:
+            return Encoded(hidden, (hidden, mask))
+        logits = self.model(
+            encoder_outputs=encoded, attention_mask=mask.long(), labels=request.labels
+        ).logits
+        return Encoded(hidden, logits)
+
+
+def _inputs(window: Window) -> dict[str, Any]:
+    # without padding no mask is passed: that is plain causal attention to every backend
+    mask = None if window.mask is None else window.mask.long()
+    return {"inputs_embeds": window.embeddings, "attention_mask": mask}
+
+
+@contextmanager
+def _hook(register: Callable[..., Any], function: Callable[..., Any]) -> Iterator[None]:
+    handle = register(function)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,207 @@
+"""The text of a batch, from what is pending and what is new."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from byheart.memory.recurrent import NewMemory, RecurrentState
+from byheart.models.segmentation import Step
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowText:
+    """What each row reads in a pass: its pending tokens, then the new ones."""
+
+    input_ids: Int[Tensor, "batch width"]
+    """Tokens of each row, from its first column."""
+    num_tokens: tuple[int, ...]
+    """Tokens of each row; 0 for rows with nothing new."""
+    num_pending: tuple[int, ...]
+    """How many of them were pending."""
+    first_column: tuple[int, ...]
+    """Where the new tokens of each row begin in the input."""
+    num_columns: int
+    """Columns of the input."""
+
+    @property
+    def num_new(self) -> tuple[int, ...]:
+        """New tokens of each row."""
+        counts = zip(self.num_tokens, self.num_pending, strict=True)
+        return tuple(max(0, count - pending) for count, pending in counts)
+
+    def from_input(
+        self, numbers: Int[Tensor, "batch columns"], fill: int
+    ) -> Int[Tensor, "batch width"]:
+        """Move one number per input column to where its token is.
+
+        Args:
+            numbers: One number for each column of the input.
+            fill: For tokens that were pending, and columns without a token.
+
+        Returns:
+            One number for each token.
+        """
+        width = self.input_ids.shape[1]
+        if self.is_input and width == numbers.shape[1]:
+            return numbers
+        device = numbers.device
+        shift = torch.tensor(self.num_pending, device=device) - torch.tensor(
+            self.first_column, device=device
+        )
+        tokens = torch.arange(width, device=device)
+        source = (tokens - shift[:, None]).clamp(0, numbers.shape[1] - 1)
+        is_new = (tokens >= torch.tensor(self.num_pending, device=device)[:, None]) & (
+            tokens < torch.tensor(self.num_tokens, device=device)[:, None]
+        )
+        return torch.where(is_new, numbers.gather(1, source), fill)
+
+    def column(self, row: int, token: int) -> int:
+        """Return the input column of a token; negative if it was pending."""
+        return token - self.num_pending[row] + self.first_column[row]
+
+    @property
+    def is_input(self) -> bool:
+        """Whether tokens and columns of the input are the same."""
+        return (
+            not any(self.num_pending)
+            and not any(self.first_column)
+            and set(self.num_tokens) == {self.num_columns}
+        )
+
+
+def gather_text(
+    input_ids: Int[Tensor, "batch tokens"], attention_mask: Tensor | None, state: RecurrentState
+) -> RowText:
+    """Put the new tokens of each row behind its pending ones.
+
+    Args:
+        input_ids: New tokens.
+        attention_mask: 1 for tokens, 0 for padding before or behind them; `None` for no padding.
+        state: What is pending; rows that start a document are reset already.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: If the mask has another shape, or holes.
+    """
+    batch, num_columns = input_ids.shape
+    first, new = _extents(input_ids, attention_mask)
+    pending = tuple(
+        count if fresh else 0 for count, fresh in zip(state.num_pending.tolist(), new, strict=True)
+    )
+    totals = tuple(old + fresh if fresh else 0 for old, fresh in zip(pending, new, strict=True))
+    text = RowText(
+        input_ids=input_ids,
+        num_tokens=totals,
+        num_pending=pending,
+        first_column=first,
+        num_columns=num_columns,
+    )
+    if text.is_input:
+        return text
+    ids = input_ids.new_zeros(batch, max(1, *totals))
+    for row in range(batch):
+        old, fresh = pending[row], new[row]
+        ids[row, :old] = state.pending[row, :old]
+        ids[row, old : old + fresh] = input_ids[row, first[row] : first[row] + fresh]
+    return RowText(
+        input_ids=ids,
+        num_tokens=totals,
+        num_pending=pending,
+        first_column=first,
+        num_columns=num_columns,
+    )
+
+
+def _extents(
+    input_ids: Tensor, attention_mask: Tensor | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    batch, num_columns = input_ids.shape
+    if attention_mask is None:
+        return (0,) * batch, (num_columns,) * batch
+    if attention_mask.shape != input_ids.shape:
+        msg = (
+            f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}, got "
+            f"{list(attention_mask.shape)}."
+        )
+        raise ValueError(msg)
+    real = attention_mask.bool()
+    counts = real.sum(dim=1)
+    first = real.long().argmax(dim=1) if num_columns else torch.zeros_like(counts)
+    columns = torch.arange(num_columns, device=real.device)
+    expected = (columns >= first[:, None]) & (columns < (first + counts)[:, None])
+    if not torch.equal(real, expected):
+        row = int((real != expected).any(dim=1).long().argmax())
+        msg = (
+            "attention_mask must be 1 for one run of tokens in each row, with padding before or "
+            f"behind it; row {row} has holes. Remove the padding inside of the text."
+        )
+        raise ValueError(msg)
+    return tuple(first.tolist()), tuple(counts.tolist())
+
+
+def new_memory(
+    text: RowText,
+    before: RecurrentState,
+    memory: Float[Tensor, "batch memory embed_dim"],
+    document_start: Bool[Tensor, " batch"],
+    *,
+    keep_unfinished: bool,
+) -> NewMemory:
+    """Describe what a pass has made of the memory.
+
+    Args:
+        text: What it has read.
+        before: The state it has read; rows that start a document are reset already.
+        memory: Memory after the last complete segment of each row.
+        document_start: Rows that began a document.
+        keep_unfinished: Whether a last segment that is not full is kept as pending, to be read
+            again with what follows; otherwise it counts as complete.
+
+    Returns:
+        What to commit.
+    """
+    length, device = before.layout.segment_length, memory.device
+    pending, num_pending = before.pending.clone(), before.num_pending.tolist()
+    complete = []
+    for row, total in enumerate(text.num_tokens):
+        whole, rest = divmod(total, length) if keep_unfinished else (-(-total // length), 0)
+        complete.append(whole)
+        if total:
+            pending[row, :rest] = text.input_ids[row, total - rest : total]
+            num_pending[row] = rest
+    return NewMemory(
+        memory=memory.detach(),
+        num_segments=before.num_segments + torch.tensor(complete, device=device),
+        pending=pending,
+        num_pending=torch.tensor(num_pending, device=device),
+        position=before.position + torch.tensor(text.num_new, device=device),
+        position_before=before.position,
+        document_start=document_start,
+    )
+
+
+def new_columns(
+    text: RowText, step: Step, device: torch.device
+) -> tuple[Bool[Tensor, "rows text"], Int[Tensor, "rows text"]]:
+    """Find the input columns of the tokens of a step.
+
+    Args:
+        text: The text of the pass.
+        step: The step.
+        device: Where the result shall live.
+
+    Returns:
+        Which places of the step hold a token that is new, and the input column of each.
+    """
+    lengths = torch.tensor([stop - start for start, stop in step.spans], device=device)
+    starts = torch.tensor([start for start, _ in step.spans], device=device)
+    pending = torch.tensor([text.num_pending[row] for row in step.rows], device=device)
+    first = torch.tensor([text.first_column[row] for row in step.rows], device=device)
+    places = torch.arange(max(stop - start for start, stop in step.spans), device=device)
+    tokens = starts[:, None] + places
+    is_new = (places < lengths[:, None]) & (tokens >= pending[:, None])
+    return is_new, tokens - pending[:, None] + first[:, None]
