@@ -1,0 +1,22 @@
+"""Synthetic tasks on long documents: facts in a background text, and a question at the end."""
+
+from byheart.data.tasks.config import TaskConfig, TaskForm, TaskName
+from byheart.data.tasks.facts import Split, Story
+from byheart.data.tasks.sample import TaskSample, collate, pad_questions
+from byheart.data.tasks.stories_file import read_stories
+from byheart.data.tasks.task import Task
+from byheart.data.tasks.vocabulary import train_task_tokenizer
+
+__all__ = [
+    "Split",
+    "Story",
+    "Task",
+    "TaskConfig",
+    "TaskForm",
+    "TaskName",
+    "TaskSample",
+    "collate",
+    "pad_questions",
+    "read_stories",
+    "train_task_tokenizer",
+]

@@ -1,0 +1,57 @@
+"""Which task to make, and how."""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+__all__ = ["TaskConfig", "TaskForm", "TaskName"]
+
+TaskName: TypeAlias = Literal["memorize", "detect", "reason", "capacity"]
+TaskForm: TypeAlias = Literal["clean", "report"]
+
+_MAX_FACTS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """Which task, in which form, for segments of which length."""
+
+    name: TaskName
+    """The task."""
+    form: TaskForm = "clean"
+    """Disjoint facts at any place, or the report's exact arithmetic."""
+    segment_length: int
+    """Usable text tokens of a segment: 499 for BERT's window of 512 with 10 memory tokens."""
+    num_facts: int = 1
+    """Facts of a document, 1 to 64; `capacity` only."""
+    facts: str | None = None
+    """JSON lines with `facts` (two), `question` and `answer`, such as bAbI task 4; `reason` only.
+
+    `None` takes all stories bAbI's generator can make."""
+    background: str | None = None
+    """Documents in any format `iter_documents` reads. Give each split its own.
+
+    `None` takes the stories that come with byheart, of which those of the splits differ."""
+
+    def __post_init__(self) -> None:
+        for field, choices in (("name", get_args(TaskName)), ("form", get_args(TaskForm))):
+            if getattr(self, field) not in choices:
+                names = ", ".join(map(repr, choices))
+                msg = f"{field} must be one of {names}, got {getattr(self, field)!r}."
+                raise ValueError(msg)
+        if self.segment_length < 1:
+            msg = f"segment_length must be at least 1, got {self.segment_length}."
+            raise ValueError(msg)
+        if not 1 <= self.num_facts <= _MAX_FACTS:
+            msg = f"num_facts must be between 1 and {_MAX_FACTS}, got {self.num_facts}."
+            raise ValueError(msg)
+        if self.num_facts != 1 and self.name != "capacity":
+            msg = (
+                f"num_facts must be 1 for name='{self.name}', got {self.num_facts}. Use 'capacity'."
+            )
+            raise ValueError(msg)
+        if self.facts is not None and self.name != "reason":
+            msg = f"facts must be None for name='{self.name}', got {self.facts!r}. Use 'reason'."
+            raise ValueError(msg)
+        if self.form == "report" and self.name == "capacity":
+            msg = "form must be 'clean' for name='capacity', got 'report', which has no such task."
+            raise ValueError(msg)

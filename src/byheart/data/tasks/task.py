@@ -1,0 +1,235 @@
+"""The tasks of the Recurrent Memory Transformer report, and one more for the capacity of a memory.
+
+| task | facts | where they stand in the clean form | asked |
+|---|---|---|---|
+| `memorize` | one person in a room | anywhere in the first segment | the room |
+| `detect` | one person in a room | anywhere | the room |
+| `reason` | two relations of three rooms | anywhere, in either order | a room that only one tells |
+| `capacity` | 1 to 64 persons, each in a room | anywhere | the room of one of them |
+
+All are classification into rooms; the question ends the document. In the **clean** form, held-out
+facts are never trained on (how they are chosen: `byheart.data.tasks.facts`), a fact begins at any
+token, so that it may cross a segment boundary, and no background comes twice. Only a document
+longer than the whole background goes on with the same stories in another order. The **report**
+form is the report's own: same facts in training and evaluation, the same place in every segment
+(`byheart.data.tasks.placement`), one article repeated for the whole document.
+
+Source:
+    Bulatov et al. 2023, Scaling Transformer to 1M tokens and beyond with RMT, "Memorization Tasks"
+    (arXiv:2304.11062).
+"""
+
+from typing import get_args
+
+import numpy as np
+from jaxtyping import Int32
+
+from byheart.data.tasks.config import TaskConfig
+from byheart.data.tasks.facts import (
+    RELATION_ROOMS,
+    ROOMS,
+    Split,
+    Story,
+    draw_people,
+    people_sentences,
+    people_stories,
+    relation_stories,
+    story_sentences,
+)
+from byheart.data.tasks.placement import REPORT_SPECIALS, place_anywhere, place_like_report
+from byheart.data.tasks.sample import TaskSample
+from byheart.data.tasks.stories_file import read_stories, split_stories
+from byheart.data.tasks.streams import (
+    PeriodicStream,
+    ShuffledStream,
+    Stories,
+    TokenStream,
+    read_background,
+)
+from byheart.data.tokenize import Tokenizer
+
+__all__ = ["Task"]
+
+# facts take their randomness apart from the background, so that neither depends on how much the
+# other consumes
+_FACT_SEED, _BACKGROUND_SEED = 0, 1
+
+
+class Task:
+    """Documents of one task: sample `index` is the same in every process and at every time.
+
+    The background is tokenised once, here, but in report form an article when it first occurs.
+
+    Args:
+        config: What to make.
+        tokenizer: Turns it into tokens.
+        split: In clean form, whether facts are those to train on or those held out. In both forms,
+            which of the stories that come with byheart are the background.
+        seed: Another seed gives other documents.
+
+    Raises:
+        ValueError: If a segment cannot hold facts and question, of `capacity` one fact and the
+            question, or `split` or `seed` is out of range.
+        DataError: If the background or the file of facts cannot be used.
+    """
+
+    def __init__(
+        self, config: TaskConfig, tokenizer: Tokenizer, *, split: Split, seed: int = 0
+    ) -> None:
+        if split not in get_args(Split):
+            msg = f"split must be 'train' or 'validation', got {split!r}."
+            raise ValueError(msg)
+        if seed < 0:
+            msg = f"seed must be at least 0, got {seed}."
+            raise ValueError(msg)
+        self.config = config
+        self.tokenizer = tokenizer
+        self.split: Split = split
+        self.seed = seed
+        self._stories, self.labels = _stories(config, split)
+        """The answers, in the order of their indices."""
+        self._sentences = self._encode_sentences()
+        self._longest = self._check_lengths()
+        texts = read_background(config.background, split)
+        self._background = _Background(texts, tokenizer, is_report=config.form == "report")
+
+    @property
+    def num_labels(self) -> int:
+        """Number of answers to choose from."""
+        return len(self.labels)
+
+    @property
+    def min_segments(self) -> int:
+        """Fewest segments of a document: 1, or what many facts of `capacity` need at most."""
+        return -(-self._longest // self.config.segment_length)
+
+    def sample(self, index: int, num_segments: int) -> TaskSample:
+        """Make a document.
+
+        In clean form it has exactly `segment_length * num_segments` tokens. In report form it has
+        2 fewer, as a batch of its own; `pad_questions` makes those of a larger batch. There
+        documents take the articles of the background in turn.
+
+        Args:
+            index: Which one, counted from 0. There is no last one.
+            num_segments: Its length in segments.
+
+        Returns:
+            A document determined by `seed`, `split`, `index` and `num_segments` alone.
+
+        Raises:
+            ValueError: If `index` is negative, or `num_segments` less than `min_segments`.
+        """
+        if index < 0:
+            msg = f"index must be at least 0, got {index}."
+            raise ValueError(msg)
+        if num_segments < self.min_segments:
+            msg = (
+                f"num_segments must be at least {self.min_segments} (num_facts "
+                f"{self.config.num_facts}, segment_length {self.config.segment_length}), "
+                f"got {num_segments}."
+            )
+            raise ValueError(msg)
+        seed = (self.seed, get_args(Split).index(self.split), index, num_segments)
+        rng = np.random.default_rng((*seed, _FACT_SEED))
+        story = self._draw_story(rng)
+        facts = [self._sentences[fact] for fact in story.facts]
+        question = self._sentences[story.question]
+        is_report = self.config.form == "report"
+        num_tokens = self.config.segment_length * num_segments
+        num_tokens -= REPORT_SPECIALS if is_report else 0
+        lengths = [len(fact) for fact in facts]
+        num_background = num_tokens - len(question) - sum(lengths)
+        positions = self._place(rng, lengths, num_segments, num_background)
+        return TaskSample(
+            num_tokens=num_tokens,
+            num_segments=num_segments,
+            label=self.labels.index(story.answer),
+            facts=tuple(zip(positions, facts, strict=True)),
+            question=question,
+            background=self._background.stream(index, (*seed, _BACKGROUND_SEED)),
+            tokenizer=self.tokenizer,
+            overwrites=is_report and self.config.name != "memorize",
+            is_report=is_report,
+        )
+
+    def _draw_story(self, rng: np.random.Generator) -> Story:
+        if self._stories is None:
+            return draw_people(rng, self.config.num_facts, self.split)
+        return self._stories[rng.integers(len(self._stories))]
+
+    def _place(
+        self, rng: np.random.Generator, lengths: list[int], num_segments: int, num_background: int
+    ) -> list[int]:
+        name, segment_length = self.config.name, self.config.segment_length
+        if self.config.form == "report" and name != "capacity":
+            return place_like_report(
+                rng, name, lengths, segment_length=segment_length, num_segments=num_segments
+            )
+        num_gaps = segment_length if name == "memorize" else num_background + 1
+        return place_anywhere(rng, lengths, num_background, num_gaps)
+
+    def _encode_sentences(self) -> dict[str, Int32[np.ndarray, " _token"]]:
+        if self._stories is None:
+            facts, questions = people_sentences()
+            sentences = [*facts, *questions]
+        else:
+            sentences = story_sentences(self._stories)
+        # in the report a fact stands directly before its text, without a space between
+        prefix = "" if self.config.form == "report" else " "
+        encoded = self.tokenizer.encode_batch([prefix + sentence for sentence in sentences])
+        return dict(zip(sentences, encoded, strict=True))
+
+    def _check_lengths(self) -> int:
+        # the tokens that a document needs at most besides its background
+        length = {sentence: len(ids) for sentence, ids in self._sentences.items()}
+        if self._stories is None:
+            facts, questions = people_sentences()
+            fact = max(length[sentence] for sentence in facts)
+            question = max(length[sentence] for sentence in questions)
+            needed, longest = fact + question, self.config.num_facts * fact + question
+        else:
+            fact = max(sum(length[fact] for fact in story.facts) for story in self._stories)
+            question = max(length[story.question] for story in self._stories)
+            specials = REPORT_SPECIALS if self.config.form == "report" else 0
+            needed = longest = fact + question + specials
+        if self.config.segment_length < needed:
+            msg = (
+                f"segment_length must be at least {needed} to hold facts and question, "
+                f"got {self.config.segment_length}. Raise it, or take a tokenizer that needs "
+                "fewer tokens."
+            )
+            raise ValueError(msg)
+        return longest
+
+
+class _Background:
+    """The streams of a task: shuffled stories, or in report form one article over and over."""
+
+    def __init__(self, texts: list[str], tokenizer: Tokenizer, *, is_report: bool) -> None:
+        self._texts = texts
+        self._tokenizer = tokenizer
+        self._stories = None if is_report else Stories(texts, tokenizer)
+        self._articles: dict[int, PeriodicStream] = {}
+
+    def stream(self, index: int, seed: tuple[int, ...]) -> TokenStream:
+        if self._stories is not None:
+            return ShuffledStream(self._stories, seed)
+        article = index % len(self._texts)
+        if article not in self._articles:
+            self._articles[article] = PeriodicStream(self._texts[article], self._tokenizer)
+        return self._articles[article]
+
+
+def _stories(config: TaskConfig, split: Split) -> tuple[list[Story] | None, tuple[str, ...]]:
+    # those of `capacity` are composed as they are drawn
+    shared = None if config.form == "report" else split
+    if config.name == "capacity":
+        return None, ROOMS
+    if config.name != "reason":
+        return people_stories(shared), ROOMS
+    if config.facts is None:
+        return relation_stories(shared), RELATION_ROOMS
+    stories = read_stories(config.facts)
+    labels = tuple(dict.fromkeys(story.answer for story in stories))
+    return (stories if shared is None else split_stories(stories, shared)), labels

@@ -1,0 +1,245 @@
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from byheart.config import from_dict, to_dict
+from byheart.data.tasks import Task, TaskConfig, collate, pad_questions, train_task_tokenizer
+from byheart.data.tasks.facts import KEYS, RELATION_ROOMS, ROOMS
+from byheart.data.tokenize import ByteTokenizer
+
+NAMES = ("memorize", "detect", "reason", "capacity")
+FORMS = [(name, form) for name in NAMES for form in ("clean", "report")][:-1]
+
+
+@pytest.fixture
+def make(words, numbered):
+    def make(name, split="train", seed=0, segment_length=23, form="clean", num_facts=None):
+        config = TaskConfig(
+            name=name,
+            form=form,
+            segment_length=segment_length,
+            num_facts=num_facts or (3 if name == "capacity" else 1),
+            background=numbered,
+        )
+        return Task(config, words, split=split, seed=seed)
+
+    return make
+
+
+def whole(sample):
+    return sample.tokens(0, sample.num_tokens)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_document_is_facts_in_unbroken_background_and_a_question(make, words, name):
+    task = make(name)
+    for index in range(40):
+        num_segments = task.min_segments + index % 5
+        sample = task.sample(index, num_segments)
+        ids = whole(sample)
+        assert ids.dtype == np.int32
+        assert len(ids) == sample.num_tokens == 23 * num_segments == 23 * sample.num_segments
+        question = words.decode(ids[len(ids) - sample.question_length :])
+        assert re.fullmatch(r"W(here|hat) is .*\?", question)
+        is_background = np.ones(len(ids), dtype=bool)
+        is_background[len(ids) - sample.question_length :] = False
+        for position, fact in sample.facts:
+            np.testing.assert_array_equal(ids[position : position + len(fact)], fact)
+            assert is_background[position : position + len(fact)].all()
+            is_background[position : position + len(fact)] = False
+        # the background goes on behind a fact where it stopped before it
+        background = ids[is_background]
+        np.testing.assert_array_equal(background, sample.background.read(0, len(background)))
+        assert len(set(background.tolist())) == len(background)
+
+
+@pytest.mark.parametrize("name", ["memorize", "detect", "capacity"])
+def test_the_label_is_the_room_of_the_person_asked_for(make, name):
+    task = make(name)
+    assert task.labels == ROOMS
+    for index in range(30):
+        text = task.sample(index, 4).text()
+        person = re.search(r"Where is (\w+) \?$", text)[1]
+        (room,) = re.findall(rf"\b{person} [a-z ]+ to the (\w+) \.", text)
+        assert task.labels[task.sample(index, 4).label] == room
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_a_sample_depends_on_seed_split_index_and_length_alone(make, name, form):
+    task, twin = (make(name, form=form, segment_length=40) for _ in range(2))
+    first = whole(task.sample(3, 4))
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    torch_state = torch.get_rng_state()
+    twin.sample(0, 5).text()
+    np.testing.assert_array_equal(whole(twin.sample(3, 4)), first)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    others = [task.sample(4, 4), make(name, form=form, segment_length=40, seed=1).sample(3, 4)]
+    for other in [*others, task.sample(3, 5)]:
+        assert whole(other)[: len(first)].tolist() != first.tolist()
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_any_piece_is_that_of_the_whole_document(make, name, form):
+    task = make(name, form=form, segment_length=29)
+    for index in range(10):
+        sample = task.sample(index, 7)
+        ids = whole(sample)
+        pieces = [sample.tokens(i, min(i + 13, len(ids))) for i in range(0, len(ids), 13)]
+        np.testing.assert_array_equal(np.concatenate(pieces), ids)
+        for position in sample.fact_positions:
+            low, high = max(0, position - 2), position + 3
+            np.testing.assert_array_equal(sample.tokens(low, high), ids[low:high])
+        assert len(sample.tokens(5, 5)) == 0
+
+
+def test_a_document_of_millions_of_tokens_is_read_at_its_end(make):
+    sample = make("detect").sample(0, 10**7)
+    end = sample.tokens(sample.num_tokens - 23, sample.num_tokens)
+    assert len(end) == 23
+    np.testing.assert_array_equal(end[-sample.question_length :], sample.question)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_every_label_is_about_equally_likely(make, name, split):
+    task = make(name, split=split)
+    counts = Counter(task.sample(index, task.min_segments).label for index in range(600))
+    assert len(counts) == task.num_labels == 6
+    # five standard deviations of a binomial draw
+    assert all(abs(count - 100) < 46 for count in counts.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_held_out_facts_never_occur_in_training(make, name):
+    seen = {}
+    for split in ("train", "validation"):
+        task = make(name, split=split)
+        samples = [task.sample(index, task.min_segments) for index in range(400)]
+        # of `reason` the pair is held out, not the sentence
+        seen[split] = {
+            key for s in samples
+            for facts in [[tuple(fact.tolist()) for _, fact in s.facts]]
+            for key in ([frozenset(facts)] if name == "reason" else facts)
+        }  # fmt: skip
+    assert not seen["train"] & seen["validation"]
+
+
+def test_a_fact_begins_at_any_token_and_may_cross_a_boundary(make):
+    task = make("detect", segment_length=16)
+    positions = Counter(task.sample(index, 3).fact_positions[0] for index in range(2000))
+    # 48 tokens, 4 of them the question, 6 or 7 the fact
+    assert set(range(38)) <= set(positions) <= set(range(39))
+    straddling = sum(positions[start] for start in (11, 12, 13, 14, 15))
+    assert straddling == pytest.approx(2000 * 5 / 38, rel=0.2)
+    counts = [positions[start] for start in range(38)]
+    assert max(counts) < 2.5 * min(counts)
+
+
+def test_memorize_keeps_its_fact_in_the_first_segment(make):
+    task = make("memorize", segment_length=16)
+    positions = Counter(task.sample(index, 5).fact_positions[0] for index in range(1000))
+    assert set(positions) == set(range(16))
+    assert max(task.sample(i, 1).fact_positions[0] for i in range(200)) == 16 - 4 - 6
+
+
+def test_either_fact_of_reason_may_come_first(make):
+    task = make("reason")
+    positions = [task.sample(index, 4).fact_positions for index in range(300)]
+    assert sum(first < second for first, second in positions) == pytest.approx(150, abs=40)
+
+
+def test_sixty_four_facts_need_enough_segments(make):
+    task = make("capacity", num_facts=64, segment_length=32)
+    # 64 facts of at most 7 tokens and a question of 4
+    assert task.min_segments == -(-(64 * 7 + 4) // 32) == 15
+    assert len(task.sample(0, 15).fact_positions) == 64
+    with pytest.raises(
+        ValueError, match=r"at least 15 \(num_facts 64, segment_length 32\), got 14"
+    ):
+        task.sample(0, 14)
+
+
+def test_collate_pads_on_the_right(make):
+    task = make("detect")
+    samples = [task.sample(0, 2), task.sample(1, 1)]
+    batch = collate(samples, pad_id=7)
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+    assert batch["attention_mask"].sum(1).tolist() == [46, 23]
+    assert batch["input_ids"][0].tolist() == whole(samples[0]).tolist()
+    assert batch["input_ids"][1].tolist() == [*whole(samples[1]).tolist(), *[7] * 23]
+    assert batch["labels"].tolist() == [sample.label for sample in samples]
+    assert pad_questions(samples) == samples
+    with pytest.raises(ValueError, match="samples must hold at least one sample"):
+        collate([])
+
+
+def test_bytes_will_do_for_a_tokenizer(numbered):
+    config = TaskConfig(name="detect", segment_length=60, background=numbered)
+    sample = Task(config, ByteTokenizer(), split="train").sample(0, 9)
+    assert re.search(r" \w+ [\w ]+ to the \w+\.", sample.text())
+    assert re.search(r" Where is \w+\?$", sample.text())
+
+
+def test_nothing_from_outside_is_needed():
+    config = TaskConfig(name="reason", segment_length=54)
+    tokenizer = train_task_tokenizer(config)
+    assert tokenizer.vocab_size == 4096
+    for word in [*KEYS, *ROOMS, "north", "south", "west", "east", "Where", "What", "travelled"]:
+        assert len(tokenizer.encode(f" {word}")) == 1
+    task = Task(config, tokenizer, split="validation")
+    assert task.labels == RELATION_ROOMS
+    text = task.sample(0, 12).text()
+    assert len(re.findall(r" The \w+ is \w+ of the \w+\.", text)) == 2
+
+
+def test_a_small_tokenizer_is_the_same_every_time(numbered, write_lines):
+    story = {"facts": ["A sits.", "B sits."], "question": "Who zigzags?", "answer": "A"}
+    facts = write_lines(*[story] * 50, name="facts.jsonl")
+    config = TaskConfig(name="reason", segment_length=99, facts=facts, background=numbered)
+    first, second = (train_task_tokenizer(config, 600) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+
+
+def test_a_config_survives_json():
+    config = TaskConfig(name="capacity", segment_length=54, num_facts=16, background="books")
+    assert from_dict(TaskConfig, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (
+            {"name": "recall"},
+            "name must be one of 'memorize', 'detect', 'reason', 'capacity', got 'recall'",
+        ),
+        ({"form": "raw"}, "form must be one of 'clean', 'report', got 'raw'"),
+        ({"segment_length": 0}, "segment_length must be at least 1, got 0"),
+        ({"name": "capacity", "num_facts": 65}, "num_facts must be between 1 and 64, got 65"),
+        ({"name": "capacity", "num_facts": 0}, "num_facts must be between 1 and 64, got 0"),
+        ({"num_facts": 2}, "num_facts must be 1 for name='detect', got 2"),
+        ({"facts": "qa4.jsonl"}, "facts must be None for name='detect', got 'qa4.jsonl'"),
+        ({"name": "capacity", "form": "report"}, "form must be 'clean' for name='capacity'"),
+    ],
+)
+def test_a_config_out_of_range_is_refused(settings, problem):
+    plain = {"name": "detect", "segment_length": 54} | settings
+    with pytest.raises(ValueError, match=problem):
+        from_dict(TaskConfig, plain)
+
+
+def test_a_task_out_of_range_is_refused(make):
+    with pytest.raises(ValueError, match=r"segment_length must be at least 11 .* got 10"):
+        make("memorize", segment_length=10)
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        make("memorize", seed=-1)
+    task = make("memorize")
+    with pytest.raises(ValueError, match=r"num_segments must be at least 1 .* got 0"):
+        task.sample(0, 0)
+    with pytest.raises(ValueError, match="index must be at least 0, got -1"):
+        task.sample(-1, 1)
+    with pytest.raises(ValueError, match=r"num_tokens \(23\), got 20 and 24"):
+        task.sample(0, 1).tokens(20, 24)
