@@ -55,7 +55,7 @@ def result() -> PerplexityResult:
 def drawn(monkeypatch):
     """Keep the axes of every figure that is drawn."""
     kept = []
-    draw = plots._axes
+    draw = plots.figure_axes
 
     @contextmanager
     def keep(path):
@@ -63,7 +63,7 @@ def drawn(monkeypatch):
             kept.append(axes)
             yield axes
 
-    monkeypatch.setattr(plots, "_axes", keep)
+    monkeypatch.setattr(plots, "figure_axes", keep)
     return kept
 
 

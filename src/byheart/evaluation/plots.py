@@ -52,12 +52,12 @@ def plot_perplexity(result: PerplexityResult, path: str | os.PathLike[str]) -> P
     groups: dict[int, list[Measurement]] = {}
     for measurement in result.measurements:
         groups.setdefault(measurement.xl_cache_length, []).append(measurement)
-    with _axes(path) as axes:
+    with figure_axes(path) as axes:
         for index, (length, group) in enumerate(groups.items()):
             ordered = sorted(group, key=lambda measurement: measurement.memory_size)
             sizes = [measurement.memory_size for measurement in ordered]
             perplexities = [_drawable(measurement.perplexity) for measurement in ordered]
-            style = _line_style(index)
+            style = line_style(index)
             axes.plot(sizes, perplexities, label=_cache_name(length), **style)
             _annotate(axes, sizes, perplexities, style["color"])
         _memory_size_axis(axes, {measurement.memory_size for measurement in result.measurements})
@@ -89,10 +89,10 @@ def plot_loss_by_position(result: PerplexityResult, path: str | os.PathLike[str]
     lengths = _distinct(measurement.xl_cache_length for measurement in result.measurements)
     buckets = result.measurements[0].buckets
     used = [index for index, bucket in enumerate(buckets) if bucket.num_tokens]
-    with _axes(path) as axes:
+    with figure_axes(path) as axes:
         for measurement in result.measurements:
             # colour says the memory size, dashes the XL cache
-            style = _line_style(
+            style = line_style(
                 sizes.index(measurement.memory_size), lengths.index(measurement.xl_cache_length)
             )
             label = _memory_name(measurement.memory_size)
@@ -143,9 +143,9 @@ def plot_training_curves(
         msg = f"There must be one label per log, got {len(logs)} logs and {len(labels)} labels."
         raise ValueError(msg)
     curves = [_read_curve(Path(log), metric) for log in logs]
-    with _axes(path) as axes:
+    with figure_axes(path) as axes:
         for index, (label, (steps, values)) in enumerate(zip(labels, curves, strict=True)):
-            style = _line_style(index, index // len(_COLOURS))
+            style = line_style(index, index // len(_COLOURS))
             # hundreds of markers would hide the line
             marker = style["marker"] if len(steps) <= _MAX_MARKERS else None
             axes.plot(steps, values, label=label, **{**style, "marker": marker})
@@ -158,10 +158,16 @@ def plot_training_curves(
 
 
 @contextmanager
-def _axes(path: str | os.PathLike[str]) -> Iterator[Any]:
+def figure_axes(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Give axes to draw on, then add the legend and write the figure.
 
     Drawn without pyplot: no window is opened and no global setting changed.
+
+    Args:
+        path: Where the figure goes.
+
+    Yields:
+        Matplotlib axes.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -183,7 +189,8 @@ def _axes(path: str | os.PathLike[str]) -> Iterator[Any]:
         canvas.print_figure(path, format="png")
 
 
-def _line_style(index: int, dashes: int = 0) -> dict[str, str]:
+def line_style(index: int, dashes: int = 0) -> dict[str, str]:
+    """Return how to draw line number `index`; lines that belong together differ in `dashes`."""
     return {
         "color": _COLOURS[index % len(_COLOURS)],
         "marker": _MARKERS[index % len(_MARKERS)],

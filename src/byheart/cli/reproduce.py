@@ -1,0 +1,19 @@
+"""`byheart reproduce`: figures of papers, computed again and compared."""
+
+from collections.abc import Callable
+
+import typer
+
+from byheart.cli.reproduce_flops import flops
+
+FIGURES: dict[str, Callable[..., None]] = {"flops": flops}
+"""What can be reproduced: a command per name."""
+
+group = typer.Typer(no_args_is_help=True, help="Compute the figures of papers again.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for name, command in FIGURES.items():
+        group.command(name)(command)
+    app.add_typer(group, name="reproduce")

@@ -1,0 +1,65 @@
+"""What every reproduced figure leaves: a result, a table and a plot."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from byheart.cli.common import err_console, print_json
+from byheart.config import write_text_atomic
+
+OutOption = Annotated[Path, typer.Option(help="Directory for result, table and plot.")]
+PlotOption = Annotated[bool, typer.Option(help="Draw the figure.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def write_output(
+    directory: Path,
+    name: str,
+    result: Mapping[str, object],
+    table: str,
+    draw: Callable[[Path], Path] | None,
+) -> list[Path]:
+    """Write what was computed as NAME.json, NAME.md and NAME.png.
+
+    Args:
+        directory: Where to; made if missing.
+        name: Of the figure.
+        result: Everything computed, for JSON.
+        table: The same in short, in Markdown.
+        draw: Writes the plot to a path; `None` for no plot. Without matplotlib there is none.
+
+    Returns:
+        The files, in this order.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    files = [directory / f"{name}.json", directory / f"{name}.md"]
+    write_text_atomic(files[0], json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_text_atomic(files[1], table)
+    if draw is not None:
+        try:
+            files.append(draw(directory / f"{name}.png"))
+        except ImportError as error:
+            err_console.print(f"No plot: {error}", highlight=False)
+    return files
+
+
+def show_output(
+    result: Mapping[str, object], table: str, files: Sequence[Path], *, as_json: bool
+) -> None:
+    """Print the table and the files that were written, or all as JSON.
+
+    Args:
+        result: Everything computed.
+        table: The same in short.
+        files: What was written.
+        as_json: Whether to print JSON.
+    """
+    if as_json:
+        print_json({**result, "files": [str(path) for path in files]})
+        return
+    print(table)
+    for path in files:
+        print(path)
