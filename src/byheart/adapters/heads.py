@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -69,10 +69,7 @@ def make_head(
     if targets is not None or logits_to_keep is not None:
         msg = f"targets and logits_to_keep are for language models, got a model of kind {kind!r}."
         raise ValueError(msg)
-    if not all(text.num_new):
-        row = text.num_new.index(0)
-        msg = f"Every row must have text, row {row} is all padding. Leave it out."
-        raise ValueError(msg)
+    _require_text(text)
     if labels is not None and len(labels) != len(text.num_tokens):
         msg = f"labels must have one entry per row ({len(text.num_tokens)}), got {len(labels)}."
         raise ValueError(msg)
@@ -265,9 +262,62 @@ class AnswerHead:
         return {"loss": total / count, "logits": logits}
 
 
+class EncoderHead:
+    """The encoder's states over the last segment of each text, for an answer to be generated."""
+
+    def __init__(self, text: RowText) -> None:
+        _require_text(text)
+
+    def request(self, step: Step) -> Request | None:
+        """Ask for the encoder's states where a row ends.
+
+        Returns:
+            The request; `None` if no row ends.
+        """
+        if not any(step.last):
+            return None
+        return Request(content=AnswerRequest(labels=None), has_loss=False)
+
+    def collect(
+        self,
+        steps: Sequence[Step],
+        outputs: Sequence[tuple[Tensor, Tensor] | None],
+        num_items: Tensor | int | None,
+    ) -> dict[str, Tensor]:
+        """Put the outputs together.
+
+        Returns:
+            States, and which of them are real; rows that ended in shorter windows are padded.
+        """
+        width = max(output[0].shape[1] for output in outputs if output is not None)
+        padded = [
+            output
+            and tuple(
+                functional.pad(part, (0, 0) * (part.ndim - 2) + (0, width - part.shape[1]))
+                for part in output
+            )
+            for output in outputs
+        ]
+        states = [None if output is None else output[0] for output in padded]
+        masks = [None if output is None else output[1] for output in padded]
+        return {"hidden": _of_last_segments(steps, states), "mask": _of_last_segments(steps, masks)}
+
+
+def _require_text(text: RowText) -> None:
+    """Refuse rows without text.
+
+    Raises:
+        ValueError: If a row is all padding.
+    """
+    if not all(text.num_new):
+        row = text.num_new.index(0)
+        msg = f"Every row must have text, row {row} is all padding. Leave it out."
+        raise ValueError(msg)
+
+
 def _of_last_segments(
     steps: Sequence[Step], outputs: Sequence[Tensor | None]
-) -> Float[Tensor, "batch ..."]:
+) -> Shaped[Tensor, "batch ..."]:
     """Take each row's output at the step where it ends.
 
     Returns:

@@ -1,6 +1,7 @@
 """Recurrent memory on any Hugging Face model: `RecurrentMemory`."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from byheart.adapters.families import model_kind, require_fits, window_model
-from byheart.adapters.heads import make_head
+from byheart.adapters.heads import EncoderHead, Head, make_head
 from byheart.memory.recurrent import NewMemory, RecurrentLayout, RecurrentState
 from byheart.models.fingerprint import model_fingerprint
 from byheart.models.recurrent import RecurrentCore, Segment
@@ -161,6 +162,104 @@ class RecurrentMemory(nn.Module):
         Raises:
             ValueError: If an argument does not fit the model or the others.
         """
+
+        def head(text: RowText) -> Head:
+            return make_head(
+                self.kind, text, labels=labels, targets=targets, logits_to_keep=logits_to_keep
+            )
+
+        result, entries = self._read(
+            input_ids, attention_mask, state, document_start, head, num_items_in_batch
+        )
+        return RecurrentOutput(**result, new_entries=entries)
+
+    def encode(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        *,
+        attention_mask: Tensor | None = None,
+        state: RecurrentState | None = None,
+        document_start: Bool[Tensor, " batch"] | None = None,
+    ) -> tuple[Float[Tensor, "batch window embed_dim"], Bool[Tensor, "batch window"], NewMemory]:
+        """Read texts with the encoder of an encoder-decoder, to answer them.
+
+        Args:
+            input_ids: As in `forward`.
+            attention_mask: As in `forward`.
+            state: As in `forward`.
+            document_start: As in `forward`.
+
+        Returns:
+            The encoder's states over the last segment of each row, memory included; which of them
+            are real; and the memory to commit.
+
+        Raises:
+            ValueError: If the model is no encoder-decoder, or an argument does not fit.
+        """
+        if self.kind != "encoder-decoder":
+            msg = f"encode is for encoder-decoders, got {type(self.model).__name__}. Call forward."
+            raise ValueError(msg)
+        result, entries = self._read(
+            input_ids, attention_mask, state, document_start, EncoderHead, None
+        )
+        return result["hidden"], result["mask"], entries
+
+    def generate(
+        self, input_ids: Int[Tensor, "batch tokens"], **options: Any
+    ) -> tuple[Int[Tensor, "batch new"], RecurrentState]:
+        """Continue texts, or answer them, see `byheart.adapters.recurrent_generate.generate`.
+
+        Args:
+            input_ids: The text, or its next piece.
+            options: `attention_mask`, `state`, `max_new_tokens`, and options of Hugging Face's
+                `generate`.
+
+        Returns:
+            The new tokens, and the state after them.
+        """
+        from byheart.adapters.recurrent_generate import generate
+
+        return generate(self, input_ids, **options)
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, with_model: bool = False
+    ) -> None:
+        """Write the added weights and the config to a directory.
+
+        Args:
+            directory: Where to. It is replaced only when the new one is complete.
+            with_model: Write the model inside, too; for models whose own weights were trained.
+        """
+        from byheart.adapters.recurrent_saving import save_recurrent
+
+        save_recurrent(self, directory, with_model=with_model)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: PreTrainedModel | None, directory: str | os.PathLike[str]
+    ) -> "RecurrentMemory":
+        """Put saved memory around a model, see `byheart.adapters.recurrent_saving`.
+
+        Args:
+            model: The model it was saved from; `None` for the one saved along.
+            directory: Where `save_pretrained` has written.
+
+        Returns:
+            The model with memory, in evaluation mode.
+        """
+        from byheart.adapters.recurrent_saving import load_recurrent
+
+        return load_recurrent(model, directory)
+
+    def _read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        state: RecurrentState | None,
+        document_start: Tensor | None,
+        make: Callable[[RowText], Head],
+        num_items: Tensor | int | None,
+    ) -> tuple[dict[str, Tensor], NewMemory]:
         if state is None:
             state = self.new_state(len(input_ids))
         self.layout.require_same(state.layout, "The memory state")
@@ -169,22 +268,27 @@ class RecurrentMemory(nn.Module):
         self._check(input_ids, state)
         before = state.start_documents(document_start)
         text = gather_text(input_ids, attention_mask, before)
-        head = make_head(
-            self.kind, text, labels=labels, targets=targets, logits_to_keep=logits_to_keep
-        )
-        steps = plan_steps(
-            text.num_tokens, self.memory_config.segment_length, self.memory_config.alignment
-        )
+        head = make(text)
+        config = self.memory_config
+        steps = plan_steps(text.num_tokens, config.segment_length, config.alignment)
         segments = [self._segment(step, text, head.request(step)) for step in steps]
         outputs, memory = self.memory.unroll(
-            window_model(self.model), segments, self._first_memory(before)
+            window_model(self.model), segments, self.first_memory(before)
         )
-        result = head.collect(steps, outputs, num_items_in_batch)
-        left = self.memory_config.alignment == "left"
-        entries = new_memory(text, before, memory, document_start, keep_unfinished=left)
-        return RecurrentOutput(**result, new_entries=entries)
+        entries = new_memory(
+            text, before, memory, document_start, keep_unfinished=config.alignment == "left"
+        )
+        return head.collect(steps, outputs, num_items), entries
 
-    def _first_memory(self, state: RecurrentState) -> Float[Tensor, "batch memory embed_dim"]:
+    def first_memory(self, state: RecurrentState) -> Float[Tensor, "batch memory embed_dim"]:
+        """Return the memory that the next segment of each row reads.
+
+        Args:
+            state: What the rows have read.
+
+        Returns:
+            The state's memory, or the learned first one for rows that have read no segment.
+        """
         fresh = (state.num_segments == 0)[:, None, None]
         return torch.where(fresh, self.memory.memory.float(), state.memory)
 

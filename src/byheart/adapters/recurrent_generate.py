@@ -1,0 +1,225 @@
+"""Continue or answer texts of any length with a recurrent memory."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from byheart.adapters.recurrent import RecurrentMemory
+from byheart.memory.recurrent import RecurrentState
+
+# options of `generate` whose effect would stop at the end of a segment
+_WHOLE_TEXT = ("num_beams", "num_return_sequences", "max_length", "min_length", "min_new_tokens")
+
+
+@torch.no_grad()
+def generate(
+    memory_model: RecurrentMemory,
+    input_ids: Int[Tensor, "batch tokens"],
+    *,
+    attention_mask: Tensor | None = None,
+    state: RecurrentState | None = None,
+    max_new_tokens: int,
+    **options: Any,
+) -> tuple[Int[Tensor, "batch new"], RecurrentState]:
+    """Read a text and continue it; for an encoder-decoder, answer it.
+
+    What is generated is read as any text is: when a segment is full, it is written to the memory,
+    and generation goes on in the next one. Within a segment the model's own `generate` runs, with
+    its key-value cache.
+
+    Args:
+        memory_model: A causal language model or encoder-decoder with recurrent memory.
+        input_ids: The text, or its next piece: at least one token per row.
+        attention_mask: 1 for text, 0 for padding before or behind it; `None` for no padding.
+        state: What the rows have read; `None` for nothing.
+        max_new_tokens: Most tokens to generate per row.
+        options: Options of Hugging Face's `generate`, such as `do_sample`, `temperature`,
+            `eos_token_id`. Beams and several sequences per row are for encoder-decoders alone.
+
+    Returns:
+        The new tokens, without the text; rows that ended early are filled with `pad_token_id`. And
+        the state after text and new tokens.
+
+    Raises:
+        ValueError: If the model is a classifier, an option cannot be honoured, or there is no text.
+    """
+    if max_new_tokens < 1:
+        msg = f"max_new_tokens must be at least 1, got {max_new_tokens}."
+        raise ValueError(msg)
+    if state is None:
+        state = memory_model.new_state(len(input_ids))
+    if memory_model.kind == "encoder":
+        msg = "generate needs a causal language model or an encoder-decoder, got a classifier."
+        raise ValueError(msg)
+    if memory_model.kind == "encoder-decoder":
+        options = {**options, "max_new_tokens": max_new_tokens}
+        return _answer(memory_model, input_ids, attention_mask, state, options)
+    _check_options(memory_model, options)
+    return _continue(memory_model, input_ids, attention_mask, state, max_new_tokens, options)
+
+
+def _check_options(memory_model: RecurrentMemory, options: dict[str, Any]) -> None:
+    refused = [name for name in _WHOLE_TEXT if options.get(name) not in {None, 1}]
+    if refused:
+        msg = (
+            f"{refused[0]} cannot be honoured across segments by a decoder with recurrent memory, "
+            f"got {options[refused[0]]}. For several continuations repeat the rows of input_ids, "
+            "or of the state with select_rows."
+        )
+        raise ValueError(msg)
+    if memory_model.memory_config.alignment != "left":
+        msg = (
+            "alignment must be 'left' to generate: new tokens end a text, so its segments must be "
+            f"counted from its start; got {memory_model.memory_config.alignment!r}."
+        )
+        raise ValueError(msg)
+
+
+def _continue(
+    memory_model: RecurrentMemory,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    state: RecurrentState,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> tuple[Tensor, RecurrentState]:
+    options, ends = _with_end(memory_model, options)
+    state, last = _read_but_last(memory_model, input_ids, attention_mask, state)
+    unfinished = torch.ones_like(last, dtype=torch.bool)
+    pieces: list[Tensor] = []
+    left, length = max_new_tokens, memory_model.memory_config.segment_length
+    while left and bool(unfinished.any()):
+        # the last token of a full segment is asked for the first of the next one, as in training
+        room = int((length - state.num_pending)[unfinished].min())
+        new = _within_segment(memory_model, state, last, min(left, room), options)
+        new = torch.where(unfinished[:, None], new, options["pad_token_id"])
+        keep = _until_end(new, ends, unfinished)
+        # all but the newest token of each row has been read; rows that have ended stand still
+        reading = torch.cat([last[:, None], new[:, :-1]], dim=1)
+        state = _read(memory_model, reading, keep, state)
+        ended = unfinished & torch.isin(new, ends).any(dim=1)
+        newest = new.gather(1, keep.sum(dim=1, keepdim=True).sub(1).clamp(min=0))[:, 0]
+        last = torch.where(unfinished, newest, last)
+        unfinished = unfinished & ~ended
+        pieces.append(new)
+        left -= new.shape[1]
+    state = _read(memory_model, last[:, None], torch.ones_like(last[:, None]), state)
+    return torch.cat(pieces, dim=1), state
+
+
+def _with_end(
+    memory_model: RecurrentMemory, options: dict[str, Any]
+) -> tuple[dict[str, Any], Tensor]:
+    """Settle which tokens end a text and which fill what is behind.
+
+    Returns:
+        The options with `pad_token_id`, and the end tokens.
+    """
+    generation, device = memory_model.model.generation_config, memory_model.memory.memory.device
+    end = options.get("eos_token_id", generation.eos_token_id)
+    ends = torch.as_tensor([] if end is None else end, dtype=torch.long, device=device).flatten()
+    pad = options.get("pad_token_id", generation.pad_token_id)
+    if pad is None:
+        pad = int(ends[0]) if len(ends) else 0
+    return {**options, "pad_token_id": pad}, ends
+
+
+def _read_but_last(
+    memory_model: RecurrentMemory,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    state: RecurrentState,
+) -> tuple[RecurrentState, Tensor]:
+    """Read all but the last token of each row, whose logits are wanted next.
+
+    Returns:
+        The state, and the last tokens.
+
+    Raises:
+        ValueError: If a row has no token.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    place = torch.where(mask.bool(), columns, -1).max(dim=1).values if len(columns) else columns
+    if not len(columns) or bool((place < 0).any()):
+        msg = "Every row of input_ids must have at least one token to continue, got an empty row."
+        raise ValueError(msg)
+    last = input_ids.gather(1, place[:, None])[:, 0]
+    but_last = mask.bool() & (columns != place[:, None])
+    return _read(memory_model, input_ids, but_last, state), last
+
+
+def _read(
+    memory_model: RecurrentMemory, input_ids: Tensor, attention_mask: Tensor, state: RecurrentState
+) -> RecurrentState:
+    out = memory_model(input_ids, attention_mask=attention_mask, state=state, logits_to_keep=0)
+    return state.commit(out.new_entries)
+
+
+def _within_segment(
+    memory_model: RecurrentMemory,
+    state: RecurrentState,
+    last: Tensor,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> Tensor:
+    """Generate behind the pending tokens and the last one, at most to the end of the segment.
+
+    Returns:
+        New tokens `[batch, new]`, padding behind the end of a row.
+    """
+    embed = memory_model.model.get_input_embeddings()
+    memory = memory_model.first_memory(state)
+    counts = state.num_pending + 1
+    width = int(counts.max())
+    text = torch.cat([state.pending, last[:, None]], dim=1)
+    # `generate` wants padding in front: memory and text end in the last column
+    columns = torch.arange(width, device=last.device) - (width - counts[:, None])
+    source = torch.where(columns == counts[:, None] - 1, state.pending.shape[1], columns)
+    embedded = embed(text.gather(1, source.clamp(min=0)))
+    padded = torch.cat([memory.to(embedded.dtype), embedded], dim=1)
+    num_memory = memory.shape[1]
+    places = torch.arange(padded.shape[1], device=last.device) - (width - counts[:, None])
+    order = torch.where(places < num_memory, places, places + (width - counts[:, None]))
+    inputs = padded.gather(1, order.clamp(min=0)[..., None].expand(-1, -1, padded.shape[2]))
+    new = memory_model.model.generate(
+        inputs_embeds=inputs,
+        attention_mask=(places >= 0).long(),
+        max_new_tokens=max_new_tokens,
+        **options,
+    )
+    assert isinstance(new, Tensor)
+    return new
+
+
+def _until_end(new: Tensor, ends: Tensor, unfinished: Tensor) -> Tensor:
+    """Mark the tokens up to the first end of each row.
+
+    Returns:
+        The mask, false in rows that had ended before.
+    """
+    is_end = torch.isin(new, ends).long()
+    return (is_end.cumsum(dim=1) - is_end == 0) & unfinished[:, None]
+
+
+def _answer(
+    memory_model: RecurrentMemory,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    state: RecurrentState,
+    options: dict[str, Any],
+) -> tuple[Tensor, RecurrentState]:
+    hidden, mask, entries = memory_model.encode(
+        input_ids, attention_mask=attention_mask, state=state
+    )
+    answers = memory_model.model.generate(
+        encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+        attention_mask=mask.long(),
+        **options,
+    )
+    assert isinstance(answers, Tensor)
+    # without the token that every answer starts with
+    return answers[:, 1:], state.commit(entries)

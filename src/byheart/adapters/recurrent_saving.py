@@ -1,0 +1,106 @@
+"""Save recurrent memory without the model it was put around, and put it back."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from byheart.adapters.loading import load_transformer
+from byheart.adapters.recurrent import RecurrentMemory
+from byheart.config import load_config, save_config
+from byheart.errors import CheckpointError
+from byheart.memory.files import complete_directory, read_manifest, recover
+from byheart.models.recurrent_config import RecurrentMemoryConfig
+
+FORMAT = "byheart-recurrent-memory"
+FORMAT_VERSION = 1
+_CONFIG = "recurrent_memory_config.json"
+_WEIGHTS = "recurrent_memory.safetensors"
+_MODEL = "model"
+
+
+def save_recurrent(
+    memory_model: RecurrentMemory, directory: str | os.PathLike[str], *, with_model: bool = False
+) -> None:
+    """Write the added weights (safetensors) and the config (JSON) to a directory.
+
+    The directory is replaced only when the new one is complete; a crash loses nothing.
+
+    Args:
+        memory_model: What to save.
+        directory: Where to.
+        with_model: Write the model inside, too, as a Hugging Face checkpoint; for models whose own
+            weights were trained.
+    """
+    weights = memory_model.memory.state_dict()
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model_type": memory_model.config.model_type,
+        "embed_dim": memory_model.layout.embed_dim,
+    }
+    with complete_directory(Path(directory), content) as partial:
+        save_config(memory_model.memory_config, partial / _CONFIG)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(tensors, partial / _WEIGHTS)
+        if with_model:
+            memory_model.model.save_pretrained(partial / _MODEL)
+
+
+def load_recurrent(
+    model: PreTrainedModel | None, directory: str | os.PathLike[str]
+) -> RecurrentMemory:
+    """Put saved recurrent memory around a model.
+
+    Args:
+        model: The model it was saved from; `None` for the one saved along.
+        directory: Where `save_recurrent` has written.
+
+    Returns:
+        The model with memory, in evaluation mode.
+
+    Raises:
+        CheckpointError: If the directory is incomplete, damaged or of another format, holds no
+            model where one is wanted, or belongs to another kind of model.
+    """
+    directory = Path(directory)
+    recover(directory)
+    if not directory.is_dir():
+        msg = f"There is no directory {directory}. Check the path."
+        raise CheckpointError(msg)
+    manifest = read_manifest(directory)
+    found = (manifest.get("format"), manifest.get("format_version"))
+    if found != (FORMAT, FORMAT_VERSION):
+        msg = (
+            f"{directory} must be a {FORMAT} of version {FORMAT_VERSION}, found {found[0]} of "
+            f"version {found[1]}. Load it with the byheart version that wrote it."
+        )
+        raise CheckpointError(msg)
+    if model is None:
+        if not (directory / _MODEL).is_dir():
+            msg = (
+                f"{directory} holds the memory alone, not the {manifest['model_type']} model it "
+                "was put around. Pass that model."
+            )
+            raise CheckpointError(msg)
+        model = load_transformer(directory / _MODEL)
+    width = model.get_input_embeddings().weight.shape[1]
+    mine, theirs = (model.config.model_type, width), (manifest["model_type"], manifest["embed_dim"])
+    if mine != theirs:
+        msg = (
+            f"{directory} belongs to a {theirs[0]} model of width {theirs[1]}, got a {mine[0]} "
+            f"model of width {mine[1]}. Pass the model it was saved from."
+        )
+        raise CheckpointError(msg)
+    memory_model = RecurrentMemory(model, load_config(RecurrentMemoryConfig, directory / _CONFIG))
+    try:
+        weights = load_file(directory / _WEIGHTS)
+        with torch.no_grad():
+            memory_model.memory.load_state_dict(weights)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        msg = f"{directory / _WEIGHTS} does not fit its config: {error}"
+        raise CheckpointError(msg) from error
+    return memory_model.eval()

@@ -1,0 +1,194 @@
+"""Generation crosses segment boundaries and equals recomputation."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from byheart.adapters.recurrent import RecurrentMemory
+from byheart.models.recurrent_config import RecurrentMemoryConfig
+
+VOCAB, WIDTH = 37, 24
+
+
+def gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=2, n_positions=32,
+            bos_token_id=None, eos_token_id=None, initializer_range=0.3,
+        )
+    )  # fmt: skip
+
+
+def llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+            bos_token_id=None, eos_token_id=None, initializer_range=0.3,
+        )
+    )  # fmt: skip
+
+
+def t5():
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCAB, d_model=WIDTH, d_kv=12, num_heads=2, d_ff=40, num_layers=2,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, initializer_factor=3.0,
+        )
+    )  # fmt: skip
+
+
+def wrap(model, **changes):
+    options = {"segment_length": 7, "num_memory_tokens": 3, **changes}
+    return RecurrentMemory(model, RecurrentMemoryConfig(**options)).eval()
+
+
+@pytest.fixture(params=[gpt2, llama])
+def decoder(request):
+    torch.manual_seed(0)
+    return wrap(request.param())
+
+
+@torch.no_grad()
+def by_recomputation(memory_model, ids, count):
+    for _ in range(count):
+        logits = memory_model(ids, logits_to_keep=1).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    return ids[:, -count:]
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 14, 17])
+def test_greedy_equals_recomputation_across_segments(decoder, length):
+    ids = torch.randint(0, VOCAB, (2, length))
+
+    new, _ = decoder.generate(ids, max_new_tokens=19, do_sample=False)
+
+    assert torch.equal(new, by_recomputation(decoder, ids, 19))
+
+
+def test_rows_of_other_lengths_change_nothing(decoder):
+    texts = [torch.randint(0, VOCAB, (length,)) for length in (3, 7, 12)]
+    ids, mask = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, 12 - len(text) :], mask[row, 12 - len(text) :] = text, 1
+
+    together, _ = decoder.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False)
+
+    for row, text in enumerate(texts):
+        alone, _ = decoder.generate(text[None], max_new_tokens=16, do_sample=False)
+        assert torch.equal(together[row], alone[0])
+
+
+def test_state_is_that_after_reading_text_and_new_tokens(decoder):
+    ids = torch.randint(0, VOCAB, (2, 9))
+
+    new, state = decoder.generate(ids, max_new_tokens=11, do_sample=False)
+
+    out = decoder(torch.cat([ids, new], dim=1), logits_to_keep=0)
+    expected = decoder.new_state(2).commit(out.new_entries)
+    torch.testing.assert_close(state.memory, expected.memory, atol=1e-5, rtol=1e-5)
+    assert state.position.tolist() == [20, 20]
+    assert torch.equal(state.pending[:, :6], expected.pending[:, :6])
+
+
+def test_generation_goes_on_from_its_state(decoder):
+    ids = torch.randint(0, VOCAB, (2, 5))
+    whole, _ = decoder.generate(ids, max_new_tokens=15, do_sample=False)
+
+    first, _ = decoder.generate(ids, max_new_tokens=6, do_sample=False)
+    text = torch.cat([ids, first[:, :-1]], dim=1)
+    state = decoder.new_state(2).commit(decoder(text, logits_to_keep=0).new_entries)
+    rest, _ = decoder.generate(first[:, -1:], state=state, max_new_tokens=9, do_sample=False)
+
+    assert torch.equal(torch.cat([first, rest], dim=1), whole)
+
+
+def test_row_that_ends_is_filled_and_stands_still(decoder):
+    ids = torch.randint(0, VOCAB, (2, 5))
+    whole, _ = decoder.generate(ids, max_new_tokens=20, do_sample=False)
+    end = int(whole[0, 4])
+    stops = [row.tolist().index(end) + 1 if end in row else 20 for row in whole]
+
+    new, state = decoder.generate(
+        ids, max_new_tokens=20, do_sample=False, eos_token_id=end, pad_token_id=VOCAB - 1
+    )
+
+    for row, stop in enumerate(stops):
+        assert torch.equal(new[row, :stop], whole[row, :stop])
+        assert set(new[row, stop:].tolist()) <= {VOCAB - 1}
+    assert state.position.tolist() == [5 + stop for stop in stops]
+
+
+def test_sampling_follows_the_seed(decoder):
+    ids = torch.randint(0, VOCAB, (2, 5))
+    torch.manual_seed(3)
+    first, _ = decoder.generate(ids, max_new_tokens=12, do_sample=True)
+    torch.manual_seed(3)
+    second, _ = decoder.generate(ids, max_new_tokens=12, do_sample=True)
+
+    assert torch.equal(first, second)
+
+
+def test_answer_of_encoder_decoder_equals_recomputation():
+    torch.manual_seed(0)
+    memory_model = wrap(t5(), end_ids=(1,), alignment="right")
+    ids = torch.randint(2, VOCAB, (2, 17))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+
+    answers, _ = memory_model.generate(ids, attention_mask=mask, max_new_tokens=5)
+
+    labels = torch.full((2, 1), 2)
+    for column in range(answers.shape[1]):
+        with torch.no_grad():
+            logits = memory_model(ids, attention_mask=mask, labels=labels).logits
+        best = logits[:, column].argmax(dim=-1)
+        running = answers[:, :column].ne(1).all(dim=1)
+        assert torch.equal(answers[running, column], best[running])
+        labels = torch.cat([answers[:, : column + 1], torch.full((2, 1), 2)], dim=1)
+
+
+def test_classifier_is_refused():
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=40, max_position_embeddings=32,
+    )  # fmt: skip
+    memory_model = wrap(BertForSequenceClassification(config))
+
+    with pytest.raises(ValueError, match="needs a causal language model or an encoder-decoder"):
+        memory_model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
+
+
+def test_encode_needs_an_encoder(decoder):
+    with pytest.raises(ValueError, match="encode is for encoder-decoders, got"):
+        decoder.encode(torch.ones(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 3}, "num_beams cannot be honoured across segments"),
+        ({"num_return_sequences": 2}, "num_return_sequences cannot be honoured"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"attention_mask": torch.zeros(1, 3)}, "must have at least one token to continue"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(decoder, options, message):
+    with pytest.raises(ValueError, match=message):
+        decoder.generate(torch.ones(1, 3, dtype=torch.long), **{"max_new_tokens": 2, **options})
+
+
+def test_other_alignment_is_refused():
+    memory_model = wrap(gpt2(), alignment="right")
+
+    with pytest.raises(ValueError, match="alignment must be 'left' to generate"):
+        memory_model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
