@@ -20,6 +20,9 @@ Kind = Literal["decoder", "encoder", "encoder-decoder"]
 """How a model reads: causally with a language-model head, in both directions with a head for whole
 texts, or in both directions with a decoder that answers."""
 
+# they multiply what they look up themselves, and what is given to them not at all
+_SCALED_OUTSIDE = ("blenderbot-small", "falcon_h1", "mvp", "pegasus")
+
 _SUPPORTED = (
     "a causal language model, an encoder for sequence classification, or an encoder-decoder for "
     "conditional generation"
@@ -45,7 +48,11 @@ def model_kind(model: PreTrainedModel) -> Kind:
         family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model.config.is_decoder
     ):
         return "decoder"
-    if name.endswith("ForSequenceClassification") and family in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    if (
+        name.endswith("ForSequenceClassification")
+        and family in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and not model.config.is_encoder_decoder
+    ):
         return "encoder"
     msg = f"model must be {_SUPPORTED}, got {name}. Load the model with its head."
     raise ValueError(msg)
@@ -80,8 +87,8 @@ def require_fits(model: PreTrainedModel, config: RecurrentMemoryConfig) -> None:
 
     Raises:
         ValueError: If the window is too small, local attention would cut the memory off, hidden
-            states do not fit into the embedding, special tokens stand around a decoder's memory,
-            or a decoder's memory has to be found behind a short first segment.
+            states do not fit into the embedding, the model scales its embeddings outside of them,
+            or special tokens stand around a decoder's memory.
     """
     kind = model_kind(model)
     reader = window_model(model)
@@ -91,6 +98,14 @@ def require_fits(model: PreTrainedModel, config: RecurrentMemoryConfig) -> None:
             f"Hidden states must be as wide as the token embeddings, got {reader.embed_dim} and "
             f"{width} for {type(model).__name__}: what is written could not be read. Use a model "
             "without factorised embeddings."
+        )
+        raise ValueError(msg)
+    family = model.config.model_type
+    scale = getattr(model.config, "embedding_multiplier", 1.0)
+    if family in _SCALED_OUTSIDE and (scale != 1.0 or getattr(model.config, "scale_embedding", 0)):
+        msg = (
+            f"Token embeddings must be what the first layer reads, but {family} scales them after "
+            "the lookup. Use a model without scale_embedding or embedding_multiplier."
         )
         raise ValueError(msg)
     if kind == "decoder" and config.num_special_tokens:
@@ -172,6 +187,8 @@ def attention_reach(model: PreTrainedModel) -> int | None:
         reaches.append(int(config.local_attention) // 2 + 1)
     if config.model_type == "gpt_neo":
         reaches.append(int(config.window_size))
+    if getattr(config, "local_radius", None):  # LongT5: its block and those beside it
+        reaches.append(int(config.local_radius) + 1)
     if getattr(config, "attention_window", None):  # Longformer: half to each side
         window = config.attention_window
         reaches.append(min(window if isinstance(window, list) else [window]) // 2 + 1)

@@ -48,6 +48,7 @@ def make_head(
     labels: Tensor | None,
     targets: Tensor | None,
     logits_to_keep: int | None,
+    problem_type: str | None = None,
 ) -> Head:
     """Make the head for a kind of model.
 
@@ -57,6 +58,7 @@ def make_head(
         labels: As Hugging Face models take them.
         targets: What follows each token, for language models.
         logits_to_keep: Input columns, from the end, whose logits a language model returns.
+        problem_type: What a classifier's labels mean, as in its config; `None` to tell by them.
 
     Returns:
         The head.
@@ -73,7 +75,7 @@ def make_head(
     if labels is not None and len(labels) != len(text.num_tokens):
         msg = f"labels must have one entry per row ({len(text.num_tokens)}), got {len(labels)}."
         raise ValueError(msg)
-    return ClassifierHead(labels) if kind == "encoder" else AnswerHead(labels)
+    return ClassifierHead(labels, problem_type) if kind == "encoder" else AnswerHead(labels)
 
 
 class LanguageHead:
@@ -177,21 +179,25 @@ class LanguageHead:
         like = next(part for part in parts if part is not None)
         shape = (len(self.text.num_tokens), self.text.num_columns - first_column)
         placed = like.new_zeros(*shape, *like.shape[2:])
+        taken = []
         for step, part in zip(steps, parts, strict=True):
             if part is None:
                 continue
             is_new, columns = new_columns(self.text, step, part.device)
             kept = is_new & (columns >= first_column)
             rows = step.row_ids(part)[:, None].expand_as(columns)
-            placed = placed.index_put((rows[kept], columns[kept] - first_column), part[kept])
-        return placed
+            taken.append((rows[kept], columns[kept] - first_column, part[kept]))
+        # all at once: each time costs a copy of the whole
+        rows, columns, values = (torch.cat(group) for group in zip(*taken, strict=True))
+        return placed.index_put((rows, columns), values)
 
 
 class ClassifierHead:
     """The class of each text, from its last segment."""
 
-    def __init__(self, labels: Tensor | None) -> None:
+    def __init__(self, labels: Tensor | None, problem_type: str | None) -> None:
         self.labels = labels
+        self.is_regression = problem_type == "regression"
 
     def request(self, step: Step) -> Request | None:
         """Ask for logits where a row ends.
@@ -217,7 +223,9 @@ class ClassifierHead:
         logits = _of_last_segments(steps, outputs)
         if self.labels is None:
             return {"logits": logits}
-        return {"loss": _class_loss(logits, self.labels, num_items), "logits": logits}
+        losses = _class_losses(logits.float(), self.labels, is_regression=self.is_regression)
+        loss = losses.mean() if num_items is None else losses.sum() / num_items
+        return {"loss": loss, "logits": logits}
 
 
 class AnswerHead:
@@ -350,17 +358,14 @@ def _shifted(labels: Tensor, text: RowText) -> Tensor:
     return moved.masked_fill(columns == ends[:, None].to(labels.device) - 1, IGNORED)
 
 
-def _class_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-    """Compute the loss that Hugging Face's classifiers compute for such labels.
+def _class_losses(logits: Tensor, labels: Tensor, *, is_regression: bool) -> Tensor:
+    """Compute the losses that Hugging Face's classifiers compute for such labels.
 
     Returns:
-        The mean, or the sum over `num_items`.
+        One per row, or per row and class.
     """
-    logits = logits.float()
-    if logits.shape[1] == 1:
-        losses = functional.mse_loss(logits[:, 0], labels.float().view(-1), reduction="none")
-    elif labels.dtype.is_floating_point:
-        losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    else:
-        losses = functional.cross_entropy(logits, labels.view(-1), reduction="none")
-    return losses.mean() if num_items is None else losses.sum() / num_items
+    if logits.shape[1] == 1 or is_regression:
+        return functional.mse_loss(logits, labels.float().view_as(logits), reduction="none")
+    if labels.dtype.is_floating_point:
+        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return functional.cross_entropy(logits, labels.view(-1), reduction="none")

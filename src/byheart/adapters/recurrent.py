@@ -70,10 +70,14 @@ class RecurrentMemory(nn.Module):
         self.model = model
         self.kind = model_kind(model)
         self.memory_config = config
-        weight = model.get_input_embeddings().weight.detach().float()
+        embedding = model.get_input_embeddings()
+        device = embedding.weight.device
+        with torch.no_grad():
+            # not the weights: some embeddings scale what they look up, as Gemma's
+            vectors = embedding(torch.arange(len(embedding.weight), device=device)).float()
         self.memory = RecurrentCore(
-            config, weight.shape[1], mean=weight.mean(dim=0), std=weight.std(dim=0)
-        ).to(weight.device)
+            config, vectors.shape[1], mean=vectors.mean(dim=0), std=vectors.std(dim=0)
+        ).to(device)
 
     @property
     def config(self) -> Any:
@@ -165,7 +169,12 @@ class RecurrentMemory(nn.Module):
 
         def head(text: RowText) -> Head:
             return make_head(
-                self.kind, text, labels=labels, targets=targets, logits_to_keep=logits_to_keep
+                self.kind,
+                text,
+                labels=labels,
+                targets=targets,
+                logits_to_keep=logits_to_keep,
+                problem_type=getattr(self.config, "problem_type", None),
             )
 
         result, entries = self._read(

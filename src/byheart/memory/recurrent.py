@@ -131,9 +131,21 @@ class RecurrentState:
     def start_documents(self, row_mask: Bool[Tensor, " batch"]) -> "RecurrentState":
         """Forget everything about the rows that start a document.
 
+        Args:
+            row_mask: Those rows.
+
         Returns:
             The state in which those rows have read nothing.
+
+        Raises:
+            ValueError: If the mask is not about the rows of the state.
         """
+        if row_mask.shape != self.position.shape:
+            msg = (
+                f"document_start must have one entry per row, {list(self.position.shape)}, got "
+                f"{list(row_mask.shape)}."
+            )
+            raise ValueError(msg)
         return replace(
             self,
             num_segments=self.num_segments.masked_fill(row_mask, 0),
@@ -153,15 +165,12 @@ class RecurrentState:
         Raises:
             MemoryStateError: If the pass has read another state.
         """
-        before = self.start_documents(new.document_start)
-        if (
-            new.memory.shape != self.memory.shape
-            or new.pending.shape != self.pending.shape
-            or not torch.equal(new.position_before, before.position)
-        ):
+        fits = new.memory.shape == self.memory.shape and new.pending.shape == self.pending.shape
+        before = self.start_documents(new.document_start).position if fits else self.position
+        if not fits or not torch.equal(new.position_before, before):
             msg = (
                 f"A new memory must continue rows of {list(self.memory.shape)} numbers that have "
-                f"read {before.position.tolist()} tokens, got {list(new.memory.shape)} and "
+                f"read {before.tolist()} tokens, got {list(new.memory.shape)} and "
                 f"{new.position_before.tolist()}. Commit each pass once, to the state that it read."
             )
             raise MemoryStateError(msg)

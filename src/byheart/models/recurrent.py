@@ -118,6 +118,9 @@ class RecurrentCore(nn.Module):
 
         Returns:
             The next memory of those rows, float32, and the requested output.
+
+        Raises:
+            ValueError: If the model returns fewer hidden states than positions.
         """
         window = build_window(
             self.config,
@@ -128,6 +131,13 @@ class RecurrentCore(nn.Module):
             writes=model.writes,
         )
         encoded = model(window, segment.request)
+        if encoded.hidden.shape[1] != window.embeddings.shape[1]:
+            msg = (
+                "The model must return one hidden state per position, got "
+                f"{encoded.hidden.shape[1]} for {window.embeddings.shape[1]}. Use a model that "
+                "pools none."
+            )
+            raise ValueError(msg)
         written = self._update(memory, _written(window, encoded.hidden, memory.shape[1]))
         if segment.writes_memory is not None:
             written = torch.where(segment.writes_memory[:, None, None], written, memory)
@@ -139,10 +149,10 @@ class RecurrentCore(nn.Module):
         # the memory travels through every segment: its own rounding would add up
         written = written.float()
         if self.norm is not None:
-            written = self.norm(written)
+            written = self.norm(written.to(self.norm.weight.dtype)).float()
         if self.gate is not None:
-            gate = torch.sigmoid(self.gate(torch.cat([old, written], dim=-1)))
-            written = torch.lerp(old, written, gate)
+            both = torch.cat([old, written], dim=-1).to(self.gate.weight.dtype)
+            written = torch.lerp(old, written, torch.sigmoid(self.gate(both).float()))
         if self.training and self.config.noise > 0:
             spread = written.detach().std(dim=(1, 2), keepdim=True)
             written = written + self.config.noise * spread * torch.randn_like(written)
@@ -173,21 +183,24 @@ class RecurrentCore(nn.Module):
         if depth is None or depth >= len(segments) or not torch.is_grad_enabled() or not losses:
             return self._run(model, segments, memory)
         outputs: list[Any] = [None] * len(segments)
-        position = 0  # `memory` is the one before this segment
+        position = 0  # `memory` is the one before this segment, `ahead` the one after it
+        ahead: Tensor | None = None
         for index in losses:
             start = max(0, index + 1 - depth)
+            if start > position and ahead is not None:
+                position, memory = position + 1, ahead.detach()
             with torch.no_grad():
-                before, memory = self._run(model, segments[position:start], memory)
+                skipped = _without_requests(segments[position:start], outputs[position:start])
+                before, memory = self._run(model, skipped, memory)
             _fill(outputs, before, position)
             position = start
-            if start > 0:
-                memory = memory.detach()
             window = [
                 replace(segment, request=None) if segment.has_loss and place != index else segment
                 for place, segment in enumerate(segments[start : index + 1], start)
             ]
-            read, after = self._run(model, window, memory)
-            _fill(outputs, read, start)
+            first, ahead = self._run(model, window[:1], memory)
+            others, after = self._run(model, window[1:], ahead)
+            _fill(outputs, first + others, start)
         rest = losses[-1] + 1
         with torch.no_grad():
             outputs[rest:], memory = self._run(model, segments[rest:], after.detach())
@@ -209,6 +222,18 @@ class RecurrentCore(nn.Module):
         return outputs, memory
 
 
+def _without_requests(segments: Sequence[Segment], known: Sequence[Any]) -> list[Segment]:
+    """Ask nothing of segments whose output is known.
+
+    Returns:
+        The segments.
+    """
+    return [
+        segment if output is None else replace(segment, request=None)
+        for segment, output in zip(segments, known, strict=True)
+    ]
+
+
 def _fill(outputs: list[Any], new: list[Any], start: int) -> None:
     """Keep the first output of each segment: windows that follow read it again."""
     for place, output in enumerate(new, start):
@@ -218,6 +243,7 @@ def _fill(outputs: list[Any], new: list[Any], start: int) -> None:
 
 def _written(window: Window, hidden: Tensor, num_memory: int) -> Tensor:
     if window.write_columns is None:
-        return hidden[:, window.memory_start : window.memory_start + num_memory]
+        # a copy: a view would keep the hidden states of the whole window
+        return hidden[:, window.memory_start : window.memory_start + num_memory].clone()
     columns = window.write_columns[..., None].expand(-1, -1, hidden.shape[2])
     return hidden.gather(1, columns)

@@ -1,0 +1,392 @@
+"""Recurrent memory around a model of our own: gradients, replay, and what is kept for them."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from byheart.models.recurrent import Encoded, RecurrentCore, Segment
+from byheart.models.recurrent_config import RecurrentMemoryConfig
+from byheart.models.window import build_window
+
+close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
+WIDTH, TEXT, MEMORY, ROWS = 13, 5, 3, 2
+
+
+class TinyModel(nn.Module):
+    """One attention layer. Segment s of a document reads the tokens s alone, so that the gradient
+    of embedding s tells what reaches segment s."""
+
+    embed_dim = WIDTH
+
+    def __init__(self, *, writes=True, dropout=0.0, num_tokens=40):
+        super().__init__()
+        self.writes = writes
+        self.embedding = nn.Embedding(num_tokens, WIDTH)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 1)
+        self.dropout = nn.Dropout(dropout)
+        self.requests = []
+
+    def forward(self, window, request):
+        self.requests.append(request)
+        x = window.embeddings
+        scores = self.mix(x) @ x.mT
+        if window.mask is not None:
+            scores = scores.masked_fill(~window.mask[:, None], -1e9)
+        if self.writes:
+            ahead = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(ahead, -1e9)
+        hidden = torch.tanh(self.out(self.dropout(scores.softmax(dim=-1) @ x + x)))
+        if request is None:
+            return Encoded(hidden, None)
+        text = hidden[:, window.text_start : window.text_start + TEXT]
+        return Encoded(hidden, self.head(text).square().sum(dim=(1, 2)))
+
+
+def make_core(**changes):
+    config = RecurrentMemoryConfig(segment_length=TEXT, num_memory_tokens=MEMORY, **changes)
+    return RecurrentCore(config, WIDTH, mean=torch.rand(WIDTH), std=1 + torch.rand(WIDTH))
+
+
+def first_memory(core, rows=ROWS):
+    return core.memory.expand(rows, -1, -1)
+
+
+def make_segments(count, *, losses=None, rows=ROWS):
+    """Make segments of which those in `losses` (default: the last) have one."""
+    losses = {count - 1} if losses is None else set(losses)
+    return [
+        Segment(
+            input_ids=torch.full((rows, TEXT), index),
+            num_tokens=None,
+            rows=None,
+            writes_memory=None,
+            request="loss" if index in losses else None,
+            has_loss=index in losses,
+        )
+        for index in range(count)
+    ]
+
+
+def total_loss(outputs):
+    return sum((index + 1) * out.sum() for index, out in enumerate(outputs) if out is not None)
+
+
+def gradients(core, model, segments, *, seed=None):
+    core.zero_grad(), model.zero_grad()
+    if seed is not None:
+        torch.manual_seed(seed)
+    outputs, memory = core.unroll(model, segments, first_memory(core))
+    total_loss(outputs).backward()
+    named = itertools.chain(core.named_parameters(), model.named_parameters())
+    grads = {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
+    return grads, total_loss(outputs).detach(), memory.detach()
+
+
+def reached(core, model, loss):
+    """Tell which segments a loss reaches, and whether it reaches the learned memory."""
+    weights = [model.embedding.weight, core.memory]
+    tokens, memory = torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
+    return tokens.abs().sum(dim=1).nonzero()[:, 0].tolist(), bool(memory.any())
+
+
+DEPTHS = [1, 2, 3, 5, 6, 9, None]
+
+
+def inside(index, depth):
+    return list(range(0 if depth is None else max(0, index + 1 - depth), index + 1))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("replay", [True, False])
+def test_the_last_loss_reaches_bptt_depth_segments(depth, writes, replay):
+    core, model = make_core(bptt_depth=depth, replay=replay), TinyModel(writes=writes)
+    outputs, _ = core.unroll(model, make_segments(6), first_memory(core))
+    tokens, memory = reached(core, model, outputs[-1].sum())
+    assert tokens == inside(5, depth)
+    assert memory == (0 in tokens)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("replay", [True, False])
+def test_each_loss_alone_reaches_bptt_depth_segments(depth, replay):
+    core, model = make_core(bptt_depth=depth, replay=replay), TinyModel()
+    outputs, _ = core.unroll(model, make_segments(6, losses=range(6)), first_memory(core))
+    for index, out in enumerate(outputs):
+        tokens, memory = reached(core, model, out.sum())
+        assert tokens == inside(index, depth)
+        assert memory == (0 in tokens)
+
+
+def unroll_and_detach_by_hand(core, model, segments, depth):
+    """Unroll anew for each loss, with a memory that is detached where the depth ends."""
+    outputs = []
+    for index, segment in enumerate(segments):
+        if not segment.has_loss:
+            outputs.append(None)
+            continue
+        memory = first_memory(core)
+        for place, other in enumerate(segments[: index + 1]):
+            if depth is not None and index - place == depth - 1 and place > 0:
+                memory = memory.detach()
+            window = build_window(
+                core.config, model.embedding, memory, other.input_ids, None, writes=True
+            )
+            hidden, output = model(window, "loss")
+            memory = hidden[:, -MEMORY:]
+        outputs.append(output)
+    return outputs
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("losses", [[6], [0, 1, 2, 3, 4, 5, 6], [0, 5], [1, 2, 6], [2]])
+def test_truncation_is_detaching_by_hand(depth, losses):
+    core, model = make_core(bptt_depth=depth), TinyModel()
+    segments = make_segments(7, losses=losses)
+    mine, _, _ = gradients(core, model, segments)
+    core.zero_grad(), model.zero_grad()
+    total_loss(unroll_and_detach_by_hand(core, model, segments, depth)).backward()
+    named = itertools.chain(core.named_parameters(), model.named_parameters())
+    # a learned memory out of reach has no gradient, or one of zeros
+    theirs = {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for name, weight in named
+    }
+    mine = {name: mine.get(name, torch.zeros_like(grad)) for name, grad in theirs.items()}
+    # sums over segments are taken in another order
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("losses", [[6], [0, 3, 4], [2]])
+def test_truncation_changes_no_output_and_no_memory(losses):
+    model, segments = TinyModel(), make_segments(7, losses=losses)
+    core = make_core()
+    full = core.unroll(model, segments, first_memory(core))
+    for depth in (1, 2, 4):
+        other = make_core(bptt_depth=depth)
+        other.load_state_dict(core.state_dict())
+        outputs, memory = other.unroll(model, segments, first_memory(other))
+        close(memory, full[1])
+        for mine, theirs in zip(outputs, full[0], strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                close(mine, theirs)
+
+
+VARIANTS = [
+    {},
+    {"noise": 0.3},
+    {"update": "gated"},
+    {"normalize_memory": True},
+    {"bptt_depth": 2},
+    {"bptt_depth": 3, "update": "gated", "normalize_memory": True, "noise": 0.3},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("losses", [[6], [0, 3, 6], range(7)])
+def test_replay_is_full_bptt(settings, dropout, losses):
+    full, replay = make_core(**settings), make_core(**settings, replay=True)
+    replay.load_state_dict(full.state_dict())
+    model, segments = TinyModel(dropout=dropout), make_segments(7, losses=losses)
+    mine = gradients(replay, model, segments, seed=11)
+    close(mine, gradients(full, model, segments, seed=11))
+    other = gradients(replay, model, segments, seed=12)
+    assert (dropout or settings.get("noise", 0)) == 0 or not torch.equal(mine[1], other[1])
+
+
+def test_replay_accumulates_over_batches_like_full_bptt():
+    full, replay, model = make_core(), make_core(replay=True), TinyModel(dropout=0.4)
+    replay.load_state_dict(full.state_dict())
+    found = []
+    for core in (full, replay):
+        core.zero_grad(), model.zero_grad()
+        torch.manual_seed(5)
+        # both batches are read before the first backward pass
+        losses = [
+            total_loss(core.unroll(model, make_segments(count), first_memory(core))[0])
+            for count in (4, 7)
+        ]
+        for loss in losses:
+            loss.backward()
+        named = itertools.chain(core.named_parameters(), model.named_parameters())
+        found.append({name: weight.grad for name, weight in named})
+    close(*found)
+
+
+def test_replay_leaves_the_random_state_as_full_bptt_does():
+    states = []
+    for replay in (False, True):
+        core, model = make_core(replay=replay), TinyModel(dropout=0.4)
+        gradients(core, model, make_segments(5), seed=7)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def kept_bytes(core, model, segments):
+    """Count the bytes that autograd keeps for the backward pass, weights aside."""
+    weights = {weight.data_ptr() for weight in [*core.parameters(), *model.parameters()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs, memory = core.unroll(model, segments, first_memory(core))
+    assert memory is not None
+    assert outputs[-1] is not None
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_replay_keeps_only_the_memory_between_segments(writes):
+    model, segments = TinyModel(writes=writes), make_segments(32)
+    numbers = 31 * ROWS * MEMORY * WIDTH
+    kept = kept_bytes(make_core(replay=True), model, segments)
+    assert kept == 4 * numbers
+    assert kept < kept_bytes(make_core(), model, segments) / 10
+
+
+def test_a_depth_keeps_what_the_segments_in_reach_need():
+    model, core = TinyModel(), make_core(bptt_depth=4)
+    four = kept_bytes(make_core(), model, make_segments(4))
+    assert kept_bytes(core, model, make_segments(32)) <= 1.1 * four
+
+
+@torch.no_grad()
+def test_reading_keeps_nothing():
+    outputs, memory = make_core().unroll(TinyModel(), make_segments(32), torch.zeros(2, 3, WIDTH))
+    assert outputs[:-1] == [None] * 31
+    assert not memory.requires_grad
+    assert kept_bytes(make_core(), TinyModel(), make_segments(32)) == 0
+
+
+def test_segments_without_a_loss_ask_for_nothing():
+    core, model = make_core(bptt_depth=2), TinyModel()
+    core.unroll(model, make_segments(5, losses=[2, 3]), first_memory(core))
+    # segment 0 without a gradient; 1 and 2; 2 and 3, of which the loss of 2 is known; 4 without
+    assert model.requests == [None, None, "loss", None, "loss", None]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_each_segment_is_read_at_most_bptt_depth_times_and_asked_once(depth):
+    core, model = make_core(bptt_depth=depth), TinyModel()
+    core.unroll(model, make_segments(9, losses=range(9)), first_memory(core))
+    assert model.requests.count("loss") == 9
+    assert len(model.requests) <= 9 * depth
+
+
+def test_rows_that_are_not_named_keep_their_memory():
+    core, model = make_core(), TinyModel()
+    memory = torch.randn(3, MEMORY, WIDTH)
+    some = make_segments(1, rows=2)[0]
+    picked = Segment(
+        input_ids=some.input_ids,
+        num_tokens=None,
+        rows=torch.tensor([2, 0]),
+        writes_memory=torch.tensor([True, False]),
+        request=None,
+        has_loss=False,
+    )
+    _, after = core.unroll(model, [picked], memory)
+    assert torch.equal(after[:2], memory[:2])
+    alone, _ = core.step(model, some, memory[[2, 2]])
+    close(after[2], alone[0])
+
+
+def test_a_short_row_is_its_text_alone():
+    for writes, specials in ((True, {}), (False, {"start_ids": (20,), "end_ids": (21, 22)})):
+        core, model = make_core(**specials), TinyModel(writes=writes)
+        memory = torch.randn(2, MEMORY, WIDTH)
+        together = Segment(
+            input_ids=torch.arange(10).view(2, 5),
+            num_tokens=torch.tensor([2, 5]),
+            rows=None,
+            writes_memory=None,
+            request=None,
+            has_loss=False,
+        )
+        mine, _ = core.step(model, together, memory)
+        for row, length in ((0, 2), (1, 5)):
+            alone = Segment(
+                input_ids=together.input_ids[row, None, :length],
+                num_tokens=None,
+                rows=None,
+                writes_memory=None,
+                request=None,
+                has_loss=False,
+            )
+            close(mine[row], core.step(model, alone, memory[row, None])[0][0])
+
+
+def test_memory_tokens_start_apart_and_as_large_as_embeddings():
+    config = RecurrentMemoryConfig(segment_length=TEXT, num_memory_tokens=50)
+    core = RecurrentCore(config, 64, mean=torch.zeros(64), std=torch.full((64,), 0.02))
+    assert core.memory.std().item() == pytest.approx(0.02, rel=0.1)
+    assert torch.pdist(core.memory).min() > 0.1
+
+
+@pytest.mark.parametrize(("bias", "kept"), [(-100.0, True), (100.0, False)])
+def test_the_gate_keeps_or_replaces(bias, kept):
+    gated, plain = make_core(update="gated", gate_bias_init=bias), make_core()
+    model, segment = TinyModel(), make_segments(1)[0]
+    memory = torch.randn(ROWS, MEMORY, WIDTH)
+    replaced, _ = plain.step(model, segment, memory)
+    close(gated.step(model, segment, memory)[0], memory if kept else replaced)
+
+
+def test_a_normalised_memory_starts_as_large_as_embeddings():
+    torch.manual_seed(1)
+    core = make_core(normalize_memory=True)
+    core.norm.weight.data.fill_(0.02)
+    core.norm.bias.data.fill_(0.5)
+    memory, _ = core.step(TinyModel(), make_segments(1)[0], first_memory(core))
+    close(memory.mean(dim=-1), torch.full((ROWS, MEMORY), 0.5))
+    close(memory.std(dim=-1, correction=0), torch.full((ROWS, MEMORY), 0.02), atol=1e-4)
+
+
+def test_noise_is_relative_and_only_for_training():
+    core, model, segment = make_core(noise=0.5), TinyModel(), make_segments(1, rows=200)[0]
+    memory = first_memory(core, 200)
+    core.eval()
+    quiet, _ = core.step(model, segment, memory)
+    assert torch.equal(quiet, core.step(model, segment, memory)[0])
+    core.train()
+    noise = core.step(model, segment, memory)[0] - quiet
+    assert (noise.std() / quiet[0].std()).item() == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("settings", [*VARIANTS, {"replay": True, "update": "gated"}], ids=str)
+def test_the_memory_stays_float32_under_autocast(settings):
+    core, model = make_core(**settings), TinyModel()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs, memory = core.unroll(model, make_segments(3), first_memory(core))
+    assert memory.dtype == torch.float32
+    total_loss(outputs).backward()
+    assert all(p.grad.isfinite().all() for p in core.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_the_memory_stays_float32_beside_half_weights(settings):
+    core, model = make_core(**settings).bfloat16(), TinyModel().bfloat16()
+    memory = first_memory(core).float()
+    outputs, memory = core.unroll(model, make_segments(3), memory)
+    assert memory.dtype == torch.float32
+    total_loss(outputs).backward()
+
+
+def test_no_memory_tokens_are_no_memory():
+    config = RecurrentMemoryConfig(segment_length=TEXT, num_memory_tokens=0, update="gated")
+    core = RecurrentCore(config, WIDTH, mean=torch.zeros(WIDTH), std=torch.ones(WIDTH))
+    outputs, memory = core.unroll(TinyModel(), make_segments(3), torch.zeros(ROWS, 0, WIDTH))
+    assert memory.shape == (ROWS, 0, WIDTH)
+    assert outputs[-1].shape == (ROWS,)
