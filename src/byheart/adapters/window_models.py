@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -26,8 +26,7 @@ class TextRequest:
     """Whether logits are wanted."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TextOutput:
+class TextOutput(NamedTuple):
     """What a language model says about the text of a segment."""
 
     token_losses: Float[Tensor, "rows text"] | None
@@ -36,7 +35,19 @@ class TextOutput:
     """Scores of the next token."""
 
 
-class CausalWindowModel:
+class HuggingFaceReader:
+    """What all readers have in common."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+        self.embedding: Any = model.get_input_embeddings()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the model's parameters."""
+        yield from self.model.parameters()
+
+
+class CausalWindowModel(HuggingFaceReader):
     """A decoder with a language-model head.
 
     The memory is what the head would read: a hook in front of the head takes it, because base
@@ -47,8 +58,7 @@ class CausalWindowModel:
     writes = True
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.embedding = model.get_input_embeddings()
+        super().__init__(model)
         self.head = model.get_output_embeddings()
         self.embed_dim = self.head.weight.shape[1]
 
@@ -79,14 +89,13 @@ class CausalWindowModel:
         return Encoded(taken[0], output)
 
 
-class ClassifierWindowModel:
+class ClassifierWindowModel(HuggingFaceReader):
     """An encoder with a head for whole texts, such as `BertForSequenceClassification`."""
 
     writes = False
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.embedding = model.get_input_embeddings()
+        super().__init__(model)
         self.embed_dim = model.config.hidden_size
 
     def __call__(self, window: Window, request: bool | None) -> Encoded:
@@ -115,15 +124,14 @@ class AnswerRequest:
     encoder's states are returned."""
 
 
-class Seq2SeqWindowModel:
+class Seq2SeqWindowModel(HuggingFaceReader):
     """An encoder-decoder: the encoder has the memory, the decoder reads the last segment."""
 
     writes = False
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        super().__init__(model)
         self.encoder = model.get_encoder()
-        self.embedding = model.get_input_embeddings()
         self.embed_dim = self.embedding.weight.shape[1]
 
     def __call__(self, window: Window, request: AnswerRequest | None) -> Encoded:

@@ -1,15 +1,15 @@
 """Recurrent memory around any model: one functional step, and its unrolling over segments."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from byheart.models.recurrent_config import RecurrentMemoryConfig
+from byheart.models.replay import replayed
 from byheart.models.window import Window, build_window
 
 
@@ -19,7 +19,8 @@ class Encoded(NamedTuple):
     hidden: Float[Tensor, "rows window embed_dim"]
     """Last hidden states, from which the memory is read."""
     output: Any
-    """What was requested of the segment: logits, losses; `None` for nothing."""
+    """What was requested of the segment: a tensor, or a named tuple of tensors and `None`; `None`
+    for nothing."""
 
 
 @runtime_checkable
@@ -35,6 +36,10 @@ class WindowModel(Protocol):
     """Its input embedding: token ids to vectors."""
     writes: bool
     """Whether memory is written behind the text (decoders), or in the places it is read."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Return the model's parameters, for replay."""
+        ...
 
     def __call__(self, window: Window, request: Any) -> Encoded:
         """Read a window.
@@ -209,15 +214,24 @@ class RecurrentCore(nn.Module):
     def _run(
         self, model: WindowModel, segments: Sequence[Segment], memory: Tensor
     ) -> tuple[list[Any], Tensor]:
+        def read(index: int, before: Tensor) -> tuple[Tensor, Any]:
+            segment = segments[index]
+            mine = before if segment.rows is None else before[segment.rows]
+            after, output = self.step(model, segment, mine)
+            if segment.rows is not None:
+                after = before.index_copy(0, segment.rows, after)
+            return after, output
+
+        if self.config.replay and segments and torch.is_grad_enabled():
+            weights = [
+                weight
+                for weight in (*self.parameters(), *model.parameters())
+                if weight.requires_grad
+            ]
+            return replayed(read, len(segments), memory, weights)
         outputs = []
-        replay = self.config.replay and torch.is_grad_enabled()
-        for segment in segments:
-            mine = memory if segment.rows is None else memory[segment.rows]
-            if replay:
-                after, output = checkpoint(self.step, model, segment, mine, use_reentrant=False)
-            else:
-                after, output = self.step(model, segment, mine)
-            memory = after if segment.rows is None else memory.index_copy(0, segment.rows, after)
+        for index in range(len(segments)):
+            memory, output = read(index, memory)
             outputs.append(output)
         return outputs, memory
 

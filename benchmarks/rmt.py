@@ -1,0 +1,274 @@
+"""What recurrent memory costs: peak memory and time against the number of segments, and peers.
+
+    python -m benchmarks.rmt --out benchmarks/results/rmt.json [--quick] [--authors CHECKOUT]
+
+The model is GPT-2 with 4 layers, width 256, 4 heads and the vocabulary of 50,257; segments of 128
+tokens of text, 8 memory tokens, 2 rows. Training has a loss on every token. Peak memory is that of
+a process of its own, so it includes Python, torch and the model. Peers:
+recurrent-memory-transformer-pytorch (`make bench-peers`) with its memory-replay backpropagation,
+the same width, depth and heads, without its extras (XL memories, several residual streams); and
+the authors' wrapper around the same GPT-2, from a checkout of
+github.com/booydar/recurrent-memory-transformer that `--authors` names.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.harness import machine_info, time_pairs, write_json
+from byheart.adapters.recurrent import RecurrentMemory
+from byheart.models.recurrent_config import RecurrentMemoryConfig
+
+ROWS, SEGMENT, MEMORY, VOCAB = 2, 128, 8, 50_257
+WIDTH, LAYERS, HEADS = 256, 4, 4
+PIECE = 16
+"""Segments per call in inference: a document is given in pieces, as it would be read from disk."""
+
+Run = Callable[[int], None]
+"""Reads or trains on a document of so many segments."""
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=256,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def text(num_segments: int) -> Tensor:
+    return torch.randint(0, VOCAB, (ROWS, num_segments * SEGMENT))
+
+
+def ours(*, replay: bool) -> RecurrentMemory:
+    config = RecurrentMemoryConfig(segment_length=SEGMENT, num_memory_tokens=MEMORY, replay=replay)
+    return RecurrentMemory(gpt2(), config)
+
+
+def our_training(*, replay: bool) -> Run:
+    model = ours(replay=replay)
+
+    def run(num_segments: int) -> None:
+        ids = text(num_segments)
+        model(ids, labels=ids).loss.backward()
+        model.zero_grad()
+
+    return run
+
+
+def our_reading() -> Run:
+    model = ours(replay=False).eval()
+
+    @torch.no_grad()
+    def run(num_segments: int) -> None:
+        state = model.new_state(ROWS)
+        for start in range(0, num_segments, PIECE):
+            piece = text(min(PIECE, num_segments - start))
+            last = start + PIECE >= num_segments
+            out = model(piece, state=state, logits_to_keep=1 if last else 0)
+            state = state.commit(out.new_entries)
+
+    return run
+
+
+def backbone_reading() -> Run:
+    """The same windows through the same GPT-2 without memory or head: the floor."""
+    model = gpt2().eval()
+
+    @torch.no_grad()
+    def run(num_segments: int) -> None:
+        for _ in range(num_segments):
+            ids = torch.randint(0, VOCAB, (ROWS, SEGMENT + 2 * MEMORY))
+            model.transformer(ids, use_cache=False)
+
+    return run
+
+
+def peer_model() -> nn.Module:
+    from recurrent_memory_transformer_pytorch import (
+        RecurrentMemoryTransformer,
+        RecurrentMemoryTransformerWrapper,
+    )
+
+    torch.manual_seed(0)
+    inner = RecurrentMemoryTransformer(
+        dim=WIDTH, num_tokens=VOCAB, depth=LAYERS, num_memory_tokens=MEMORY, seq_len=SEGMENT,
+        heads=HEADS, dim_head=WIDTH // HEADS, use_flash_attn=True, use_xl_memories=False,
+        num_residual_streams=1,
+    )  # fmt: skip
+    return RecurrentMemoryTransformerWrapper(inner)
+
+
+def peer_training(*, replay: bool) -> Run:
+    model = peer_model()
+
+    def run(num_segments: int) -> None:
+        ids = torch.cat([text(num_segments), text(1)[:, :1]], dim=1)
+        if replay:
+            model(ids, memory_replay_backprop=True)
+        else:
+            model(ids, return_loss=True)[0].backward()
+        model.zero_grad()
+
+    return run
+
+
+def peer_reading() -> Run:
+    model = peer_model().eval()
+
+    @torch.no_grad()
+    def run(num_segments: int) -> None:
+        model(text(num_segments))
+
+    return run
+
+
+def authors_model(checkout: str) -> nn.Module:
+    sys.path.insert(0, checkout)
+    from modeling_rmt.language_modeling import MemoryCell, RecurrentWrapper
+
+    return RecurrentWrapper(
+        MemoryCell(gpt2(), MEMORY), segment_size=SEGMENT, max_n_segments=1 << 20, k2=-1
+    )
+
+
+def authors_training(checkout: str) -> Run:
+    model = authors_model(checkout)
+
+    def run(num_segments: int) -> None:
+        ids = text(num_segments)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        model(ids, labels=ids, labels_mask=mask)["loss"].backward()
+        model.zero_grad()
+
+    return run
+
+
+def authors_reading(checkout: str) -> Run:
+    model = authors_model(checkout).eval()
+
+    @torch.no_grad()
+    def run(num_segments: int) -> None:
+        model(text(num_segments))
+
+    return run
+
+
+def builders(authors: str | None) -> dict[str, Callable[[], Run]]:
+    found: dict[str, Callable[[], Run]] = {
+        "byheart train, replay": lambda: our_training(replay=True),
+        "byheart train, full": lambda: our_training(replay=False),
+        "byheart read": our_reading,
+        "backbone read": backbone_reading,
+    }
+    try:
+        import recurrent_memory_transformer_pytorch  # noqa: F401
+    except ImportError:
+        print("A peer is missing: make bench-peers installs it.", file=sys.stderr)
+    else:
+        found["recurrent-memory-transformer-pytorch train, replay"] = lambda: peer_training(
+            replay=True
+        )
+        found["recurrent-memory-transformer-pytorch train, full"] = lambda: peer_training(
+            replay=False
+        )
+        found["recurrent-memory-transformer-pytorch read"] = peer_reading
+    if authors:
+        found["authors' wrapper train, full"] = lambda: authors_training(authors)
+        found["authors' wrapper read"] = lambda: authors_reading(authors)
+    return found
+
+
+def peak_of(name: str, num_segments: int, authors: str | None) -> dict[str, float]:
+    """Measure a process that does nothing else: peak resident MiB, and seconds per segment."""
+    command = [sys.executable, "-m", "benchmarks.rmt", "--only", name, str(num_segments)]
+    command += ["--authors", authors] if authors else []
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    peak, seconds = output.split()[-2:]
+    return {
+        "segments": num_segments,
+        "peak_resident_mib": int(peak) / 2**20,
+        "seconds_per_segment": float(seconds) / num_segments,
+    }
+
+
+def lengths(name: str, *, quick: bool) -> tuple[int, ...]:
+    if name.endswith("read"):
+        return (4, 16) if quick else (4, 64, 256, 4096) if name.startswith("byheart") else (4, 64)
+    if name.endswith("replay"):
+        return (4, 16) if quick else (4, 64, 256) if name.startswith("byheart") else (4, 64)
+    return (4, 8) if quick else (4, 16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--authors", metavar="CHECKOUT", help="their repository on this machine")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs=2, metavar=("NAME", "SEGMENTS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    found = builders(arguments.authors)
+    if arguments.only:
+        name, count = arguments.only
+        run = found[name]()
+        start = time.perf_counter()
+        run(int(count))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(time.perf_counter() - start)
+        return
+    machine = machine_info(["transformers", "recurrent-memory-transformer-pytorch"])
+    result: dict[str, Any] = {"machine": machine, "peaks": {}, "times": {}}
+    for name in found:
+        counts = lengths(name, quick=arguments.quick)
+        if name == "backbone read":
+            continue
+        result["peaks"][name] = [peak_of(name, count, arguments.authors) for count in counts]
+        for row in result["peaks"][name]:
+            print(
+                f"{name:50} {row['segments']:5} segments {row['peak_resident_mib']:8,.0f} MiB "
+                f"{row['seconds_per_segment'] * 1e3:8.1f} ms a segment",
+                flush=True,
+            )
+    runs = {name: build() for name, build in found.items()}
+    timings = time_pairs(
+        {name: lambda run=run: run(8) for name, run in runs.items()}, arguments.rounds
+    )
+    result["times"] = {name: timing.median / 8 for name, timing in timings.items()}
+    result["ratios"] = ratios(result)
+    for name, value in [*result["times"].items(), *result["ratios"].items()]:
+        print(f"{name:70} {value:8.4f}")
+    if arguments.out:
+        write_json(arguments.out, result)
+
+
+def ratios(result: dict[str, Any]) -> dict[str, float]:
+    times, peaks = result["times"], result["peaks"]
+
+    def growth(name: str) -> float:
+        rows = peaks[name]
+        return float(rows[-1]["peak_resident_mib"] / rows[0]["peak_resident_mib"])
+
+    found = {
+        "time of replay over full BPTT": times["byheart train, replay"]
+        / times["byheart train, full"],
+        "time of reading over the backbone alone": times["byheart read"] / times["backbone read"],
+    }
+    for name, rows in peaks.items():
+        first, last = rows[0]["segments"], rows[-1]["segments"]
+        found[f"peak of {name}, {last} over {first} segments"] = growth(name)
+    return found
+
+
+if __name__ == "__main__":
+    main()

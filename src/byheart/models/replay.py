@@ -1,0 +1,168 @@
+"""Exact backpropagation through any number of segments in constant memory."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+ReadSegment = Callable[[int, Tensor], tuple[Tensor, Any]]
+"""Reads the segment of an index with the memory before it: the memory after it, and its output (a
+tensor, a named tuple of tensors and `None`, or `None`)."""
+
+
+def replayed(
+    read: ReadSegment, num_segments: int, memory: Tensor, parameters: Sequence[nn.Parameter]
+) -> tuple[list[Any], Tensor]:
+    """Read segments, and read them again in reverse for the backward pass.
+
+    Only the memory before each segment is kept, in one block, with the random state. So the
+    activations of one segment exist at a time, gradients are those of keeping them all, and the
+    allocator has no small long-lived pieces to work around. Costs one more forward pass.
+
+    Args:
+        read: Reads one segment. It must do the same each time, given the same random state.
+        num_segments: How many there are.
+        memory: Memory before the first.
+        parameters: All parameters that `read` uses and that want a gradient.
+
+    Returns:
+        The output of each segment, and the memory after the last.
+
+    Source:
+        Wu et al. 2020, Memformer, memory replay back-propagation (arXiv:2010.06891).
+    """
+    plan = _Plan(read, num_segments, memory.device)
+    memory, *flat = _Replay.apply(plan, memory, *parameters)  # type: ignore[no-untyped-call]
+    tensors = iter(flat)
+    return [_filled(output, tensors) for output in plan.outputs], memory
+
+
+class _Plan:
+    """What the backward pass needs to know besides tensors."""
+
+    def __init__(self, read: ReadSegment, num_segments: int, device: torch.device) -> None:
+        self.read = read
+        self.num_segments = num_segments
+        self.outputs: list[Any] = []
+        self.counts: list[int] = []
+        self.kind = device.type
+        self.devices = [device] if device.type == "cuda" else []
+        self.random = [
+            torch.empty(num_segments, len(state), dtype=torch.uint8) for state in self._states()
+        ]
+        # backward runs outside of autocast, and must compute what forward has computed
+        self.autocast = torch.is_autocast_enabled(self.kind)
+        self.autocast_dtype = torch.get_autocast_dtype(self.kind)
+
+    def _states(self) -> list[Tensor]:
+        return [
+            torch.get_rng_state(),
+            *(torch.cuda.get_rng_state(device) for device in self.devices),
+        ]
+
+    def keep_random_state(self, index: int) -> None:
+        for block, state in zip(self.random, self._states(), strict=True):
+            block[index] = state
+
+    def restore_random_state(self, index: int) -> None:
+        torch.set_rng_state(self.random[0][index].clone())
+        for device, block in zip(self.devices, self.random[1:], strict=True):
+            torch.cuda.set_rng_state(block[index].clone(), device)
+
+    def again(self, index: int, memory: Tensor) -> list[Tensor]:
+        """Read a segment with its gradient.
+
+        Returns:
+            The memory after it, then the tensors of its output.
+        """
+        self.restore_random_state(index)
+        with (
+            torch.enable_grad(),
+            torch.autocast(self.kind, enabled=self.autocast, dtype=self.autocast_dtype),
+        ):
+            after, output = self.read(index, memory)
+        return [after, *_tensors(output)]
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, memory: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        before = memory.new_empty(plan.num_segments, *memory.shape)
+        flat: list[Tensor] = []
+        for index in range(plan.num_segments):
+            before[index] = memory
+            plan.keep_random_state(index)
+            memory, output = plan.read(index, memory)
+            tensors = _tensors(output)
+            plan.outputs.append(output)
+            plan.counts.append(len(tensors))
+            flat += tensors
+        ctx.plan, ctx.num_parameters = plan, len(parameters)
+        ctx.save_for_backward(before, *parameters)
+        ctx.set_materialize_grads(False)
+        # an output must not be an input
+        return (memory.clone(), *flat)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, *grad_outputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        before, *parameters = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        totals: list[Tensor | None] = [None] * len(parameters)
+        end = len(grad_outputs)
+        with torch.random.fork_rng(devices=plan.devices, device_type="cuda"):
+            for index in reversed(range(plan.num_segments)):
+                start = end - plan.counts[index]
+                wanted = [grad, *grad_outputs[start:end]]
+                end = start
+                if all(part is None for part in wanted):
+                    continue
+                memory = before[index].detach().requires_grad_()
+                grad, *found = _gradients(plan.again(index, memory), wanted, [memory, *parameters])
+                for place, part in enumerate(found):
+                    total = totals[place]
+                    if part is not None:
+                        totals[place] = part if total is None else total.add_(part)
+        return (None, grad, *totals)
+
+
+def _gradients(
+    outputs: list[Tensor], wanted: Sequence[Tensor | None], inputs: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    pairs = [
+        (output, part)
+        for output, part in zip(outputs, wanted, strict=True)
+        if part is not None and output.requires_grad
+    ]
+    if not pairs:
+        return (None,) * len(inputs)
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        [output for output, _ in pairs], inputs, [part for _, part in pairs], allow_unused=True
+    )
+    return found
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if output is None:
+        return []
+    if isinstance(output, Tensor):
+        return [output]
+    return [part for part in output if part is not None]
+
+
+def _filled(output: Any, tensors: Any) -> Any:
+    """Put the tensors that autograd knows in the places of those that were computed.
+
+    Returns:
+        The output.
+    """
+    if output is None:
+        return None
+    if isinstance(output, Tensor):
+        return next(tensors)
+    parts = [None if part is None else next(tensors) for part in output]
+    return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
