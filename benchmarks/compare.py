@@ -37,6 +37,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/compare"))
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--memory-size", type=int, help="entries to train with, of the variant memory"
+    )
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     return parser.parse_args()
 
@@ -53,7 +56,10 @@ def configure(arguments: argparse.Namespace, variant: str, tokenizer: str) -> Ru
         ),
         training=replace(run.training, seed=arguments.seed),
     )
-    return apply_overrides(run, arguments.overrides)
+    own = []
+    if variant == "memory" and arguments.memory_size:
+        own = [f"model.knn_memory.memory_size={arguments.memory_size}"]
+    return apply_overrides(run, [*arguments.overrides, *own])
 
 
 def train_variant(run: RunConfig, directory: Path) -> None:
