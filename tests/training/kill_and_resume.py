@@ -17,6 +17,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+from task_setup import numbers_of, task_run
 from training_setup import metrics_of, run_config
 
 from byheart.errors import CheckpointError
@@ -24,11 +25,17 @@ from byheart.models.checkpoint import load_model
 from byheart.models.fingerprint import model_fingerprint
 from byheart.training.config import RunConfig
 from byheart.training.run import train
+from byheart.training.task_config import TaskRunConfig
+from byheart.training.task_run import load_task_run, train_task
 
 _DEADLINE = 30.0
 
 
-def _start(run: RunConfig, out: Path, *, strict: bool) -> tuple[int, int]:
+def _train(run: RunConfig | TaskRunConfig, out: Path, **options) -> None:
+    (train if isinstance(run, RunConfig) else train_task)(run, out, **options)
+
+
+def _start(run: RunConfig | TaskRunConfig, out: Path, *, strict: bool) -> tuple[int, int]:
     """Fork a process that goes on with the run; its end of the pipe speaks when training begins."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -44,12 +51,12 @@ def _start(run: RunConfig, out: Path, *, strict: bool) -> tuple[int, int]:
 
     try:
         try:
-            train(run, out, resume=True, on_event=on_event)
+            _train(run, out, resume=True, on_event=on_event)
         except CheckpointError:
             # only before the first checkpoint there may be none
             if strict:
                 raise
-            train(run, out, overwrite=True, on_event=on_event)
+            _train(run, out, overwrite=True, on_event=on_event)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -77,7 +84,14 @@ def _wait_for(pid: int, condition) -> bool:
     raise TimeoutError
 
 
-def _attempt(run: RunConfig, out: Path, moments: random.Random, *, strict: bool, may_kill: bool):
+def _attempt(
+    run: RunConfig | TaskRunConfig,
+    out: Path,
+    moments: random.Random,
+    *,
+    strict: bool,
+    may_kill: bool,
+):
     """Run until a random moment, or to the end."""
     started = time.time()
     pid, reader = _start(run, out, strict=strict)
@@ -100,12 +114,16 @@ def _attempt(run: RunConfig, out: Path, moments: random.Random, *, strict: bool,
     return os.WIFSIGNALED(status), was_saving
 
 
-def _require_equal(whole: Path, out: Path) -> None:
+def _require_equal(run: RunConfig | TaskRunConfig, whole: Path, out: Path) -> None:
     expected, found = metrics_of(whole), metrics_of(out)
     assert found == expected, f"{found} is not {expected}"
-    weights = [model_fingerprint(load_model(path / "model")) for path in (whole, out)]
-    assert weights[0] == weights[1]
-    assert (out / "result.json").read_text() == (whole / "result.json").read_text()
+    if isinstance(run, RunConfig):
+        models = [load_model(path / "model") for path in (whole, out)]
+        assert (out / "result.json").read_text() == (whole / "result.json").read_text()
+    else:
+        models = [load_task_run(path).memory_model for path in (whole, out)]
+        assert numbers_of(out) == numbers_of(whole)
+    assert model_fingerprint(models[0]) == model_fingerprint(models[1])
 
 
 def main() -> None:
@@ -114,11 +132,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--task", action="store_true")
     options = parser.parse_args()
     folder, moments = options.folder, random.Random(options.seed)
-    run = run_config(
-        folder, model={"dropout": 0.1}, max_steps=17, save_every=3, log_every=2, evaluate_every=4
-    )
+    if options.task:
+        run = task_run()
+    else:
+        run = run_config(
+            folder, model={"dropout": 0.1}, max_steps=17, save_every=3, log_every=2,
+            evaluate_every=4,
+        )  # fmt: skip
     whole, out = folder / "whole", folder / "killed"
     _attempt(run, whole, moments, strict=False, may_kill=False)
     kills = saving = finished = 0
@@ -129,7 +152,7 @@ def main() -> None:
         )
         kills, saving = kills + killed, saving + was_saving
         if not killed:
-            _require_equal(whole, out)
+            _require_equal(run, whole, out)
             finished += 1
             shutil.rmtree(out)
     sys.stdout.write(json.dumps({"kills": kills, "saving": saving, "finished": finished}))

@@ -21,6 +21,7 @@ from byheart.models.checkpoint import load_model
 from byheart.models.fingerprint import model_fingerprint
 from byheart.training import trainer as trainer_module
 from byheart.training.checkpoint import complete_checkpoint, differences, find_checkpoint
+from byheart.training.metrics import MetricsFile
 from byheart.training.stop import StopSignals, TrainingInterruptedError
 
 # 5 and 3 do not divide each other: a log line spans a checkpoint
@@ -383,7 +384,7 @@ def test_file_that_cannot_grow_is_the_same_clear_error(whole, tmp_path, file):
 
 
 def test_full_disk_while_logging_names_the_metrics_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module.MetricsFile, "append", _no_space)
+    monkeypatch.setattr(MetricsFile, "append", _no_space)
     with pytest.raises(CheckpointError, match=r"metrics.jsonl could not be written: .*No space"):
         make_trainer(tmp_path, CONFIG).train()
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import byheart
-from byheart.cli import data, evaluate, flops, generate, reproduce, tokenizer, train
+from byheart.cli import data, evaluate, flops, generate, reproduce, task, tokenizer, train
 from byheart.cli.common import err_console
 from byheart.errors import ByheartError
 
@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Long memory for transformers: train, evaluate and use models with a kNN memory.",
 )
-for module in (train, evaluate, generate, tokenizer, data, flops, reproduce):
+for module in (train, evaluate, task, generate, tokenizer, data, flops, reproduce):
     module.register(app)
 
 

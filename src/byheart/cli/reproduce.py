@@ -5,8 +5,14 @@ from collections.abc import Callable
 import typer
 
 from byheart.cli.reproduce_flops import flops
+from byheart.cli.reproduce_tasks import detect, memorize, reason
 
-FIGURES: dict[str, Callable[..., None]] = {"flops": flops}
+FIGURES: dict[str, Callable[..., None]] = {
+    "flops": flops,
+    "memorize": memorize,
+    "detect": detect,
+    "reason": reason,
+}
 """What can be reproduced: a command per name."""
 
 group = typer.Typer(no_args_is_help=True, help="Compute the figures of papers again.")

@@ -1,11 +1,12 @@
 """`byheart train`."""
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -21,12 +22,16 @@ from byheart.cli.common import (
     progress_bar,
     reading_options,
 )
+from byheart.cli.task import train_task
 from byheart.config import apply_overrides, load_config, to_dict
-from byheart.recipes import RECIPES
+from byheart.recipes import RECIPES, TASK_RECIPES
 from byheart.training.config import RunConfig
+from byheart.training.task_config import TaskRunConfig
 
 if TYPE_CHECKING:
     from byheart.training.callbacks import TrainEvent
+
+ConfigT = TypeVar("ConfigT", RunConfig, TaskRunConfig)
 
 _RECIPE_HELP = (
     "Name of a recipe (see --list), a config.json that a run has written, or FILE.py:FUNCTION."
@@ -60,15 +65,25 @@ def train(
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train a model with memory on long documents, or resume a run."""
+    """Train a model with memory on long documents or on a task, or resume a run."""
     if list_recipes:
         _list_recipes()
         return
     if not recipe:
-        msg = f"Name a recipe: {', '.join(RECIPES)}; a config.json; or FILE.py:FUNCTION."
+        msg = f"Name a recipe: {_recipe_names()}; a config.json; or FILE.py:FUNCTION."
         raise typer.BadParameter(msg)
     reading = reading_options(folder_as, skip_bad, text_key, suffix)
-    run = _changed(find_recipe(recipe), data, validation, reading, overrides or [])
+    found = find_recipe(recipe)
+    if isinstance(found, TaskRunConfig):
+        _refuse_documents(data, validation, reading)
+        task = _override(found, overrides or [])
+        directory = out or Path("runs") / task.name
+        if show:
+            print_json(to_dict(task))
+        else:
+            train_task(task, directory, resume=resume, overwrite=overwrite, as_json=as_json)
+        return
+    run = _changed(found, data, validation, reading, overrides or [])
     if show:
         print_json(to_dict(run))
         return
@@ -89,30 +104,42 @@ def train(
         err_console.print(f"Evaluate it: byheart evaluate {directory}", highlight=False)
 
 
-def find_recipe(name: str) -> RunConfig:
+def find_recipe(name: str) -> RunConfig | TaskRunConfig:
     """Find a config by a recipe's name, the path of a config file, or FILE.py:FUNCTION.
 
     Returns:
-        The config.
+        The config, of a run on documents or on a task.
 
     Raises:
         BadParameter: If there is no such recipe.
     """
     if name in RECIPES:
         return RECIPES[name]()
+    if name in TASK_RECIPES:
+        return TASK_RECIPES[name]()
     path, colon, function = name.rpartition(":")
     if colon and path.endswith(".py") and Path(path).is_file():
         return _from_python(Path(path), function)
     if name.endswith(".json") and Path(name).is_file():
-        return load_config(RunConfig, Path(name))
+        return _from_json(Path(name))
     msg = (
-        f"There is no recipe or file {name!r}. Recipes: {', '.join(RECIPES)}; a path must end "
+        f"There is no recipe or file {name!r}. Recipes: {_recipe_names()}; a path must end "
         "in .json, or be FILE.py:FUNCTION."
     )
     raise typer.BadParameter(msg)
 
 
-def _from_python(path: Path, function: str) -> RunConfig:
+def _from_json(path: Path) -> RunConfig | TaskRunConfig:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None  # explained below
+    if isinstance(content, dict) and "task" in content:
+        return load_config(TaskRunConfig, path)
+    return load_config(RunConfig, path)
+
+
+def _from_python(path: Path, function: str) -> RunConfig | TaskRunConfig:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -120,8 +147,8 @@ def _from_python(path: Path, function: str) -> RunConfig:
     spec.loader.exec_module(module)
     recipe = getattr(module, function, None)
     run = recipe() if callable(recipe) else None
-    if not isinstance(run, RunConfig):
-        msg = f"{path} must have a function {function}() that returns a RunConfig."
+    if not isinstance(run, (RunConfig, TaskRunConfig)):
+        msg = f"{path} must have a function {function}() that returns a RunConfig or TaskRunConfig."
         raise typer.BadParameter(msg)
     return run
 
@@ -165,14 +192,28 @@ def _changed(
     if validation is not None:
         run = replace(run, data=replace(run.data, validation=str(validation)))
     run = replace(run, data=replace(run.data, **reading))
-    try:
-        run = apply_overrides(run, overrides)
-    except (ValueError, TypeError) as error:
-        raise typer.BadParameter(str(error)) from error
+    run = _override(run, overrides)
     if run.data.train == "DOCUMENTS":
         msg = f"The recipe {run.name!r} needs documents: pass --data FILE_OR_FOLDER."
         raise typer.BadParameter(msg)
     return run
+
+
+def _override(run: ConfigT, overrides: list[str]) -> ConfigT:
+    try:
+        return apply_overrides(run, overrides)
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _refuse_documents(data: Path | None, validation: Path | None, reading: ReadingOptions) -> None:
+    if data is not None or validation is not None or reading:
+        msg = (
+            "--data, --validation and the options for reading are for recipes that learn "
+            "documents. For the text around the facts of a task: --set task.background=FILE --set "
+            "task.validation_background=FILE."
+        )
+        raise typer.BadParameter(msg)
 
 
 def to_dict_of_result(result: object) -> dict[str, object]:
@@ -188,6 +229,11 @@ def to_dict_of_result(result: object) -> dict[str, object]:
 
 
 def _list_recipes() -> None:
-    for name, recipe in RECIPES.items():
+    recipes: dict[str, Callable[[], object]] = {**RECIPES, **TASK_RECIPES}
+    for name, recipe in recipes.items():
         summary = (recipe.__doc__ or "").splitlines()[0]
         print(f"{name:16} {summary}")
+
+
+def _recipe_names() -> str:
+    return ", ".join([*RECIPES, *TASK_RECIPES])

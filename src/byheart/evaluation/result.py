@@ -3,11 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
+
+from byheart.evaluation.tables import Grid, format_number, markdown_table, rich_table
 
 POSITION_EDGES = (0, 512, 2048, 8192, 32_768)
 """First positions of the buckets that losses are grouped in; the last bucket has no end."""
@@ -158,7 +157,7 @@ class PerplexityResult:
         Returns:
             Two Markdown tables: the summary, and the loss by position in the document.
         """
-        return "\n".join(_markdown(grid) for grid in self._grids())
+        return "\n".join(markdown_table(grid) for grid in self._grids())
 
     def to_rich(self) -> Group:
         """Lay the result out for a terminal.
@@ -166,9 +165,9 @@ class PerplexityResult:
         Returns:
             The same two tables, for `rich.print`.
         """
-        return Group(*(_rich(grid) for grid in self._grids()))
+        return Group(*(rich_table(grid) for grid in self._grids()))
 
-    def _grids(self) -> "tuple[_Grid, _Grid]":
+    def _grids(self) -> tuple[Grid, Grid]:
         return _summary(self.measurements), _by_position(self.measurements)
 
 
@@ -217,13 +216,7 @@ def short_number(count: int) -> str:
     return f"{count:,}"
 
 
-class _Grid(NamedTuple):
-    title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-
-
-def _summary(measurements: Sequence[Measurement]) -> _Grid:
+def _summary(measurements: Sequence[Measurement]) -> Grid:
     header = (
         "memory", "XL cache", "perplexity", "change", "nats per token", "bits per byte",
         "tokens per second", "state MiB",
@@ -231,26 +224,26 @@ def _summary(measurements: Sequence[Measurement]) -> _Grid:
     rows = [
         (
             *_names(measurement),
-            _number(measurement.perplexity, ".4g"),
-            _number(change.perplexity_change, "+.1%"),
-            _number(measurement.nats_per_token, ".4f"),
-            _number(measurement.bits_per_byte, ".4f"),
-            _number(measurement.tokens_per_second, ",.0f"),
-            _number(measurement.peak_state_bytes / 2**20, ",.1f"),
+            format_number(measurement.perplexity, ".4g"),
+            format_number(change.perplexity_change, "+.1%"),
+            format_number(measurement.nats_per_token, ".4f"),
+            format_number(measurement.bits_per_byte, ".4f"),
+            format_number(measurement.tokens_per_second, ",.0f"),
+            format_number(measurement.peak_state_bytes / 2**20, ",.1f"),
         )
         for measurement, change in zip(measurements, compare(measurements), strict=True)
     ]
     num_tokens = measurements[0].num_tokens if measurements else 0
-    return _Grid(f"Perplexity by memory size ({num_tokens:,} tokens)", header, rows)
+    return Grid(f"Perplexity by memory size ({num_tokens:,} tokens)", header, rows)
 
 
-def _by_position(measurements: Sequence[Measurement]) -> _Grid:
+def _by_position(measurements: Sequence[Measurement]) -> Grid:
     buckets = measurements[0].buckets if measurements else ()
     rows: list[tuple[str, ...]] = [
         (
             *_names(measurement),
             *(
-                _number(bucket.nats_per_token if bucket.num_tokens else None, ".4f")
+                format_number(bucket.nats_per_token if bucket.num_tokens else None, ".4f")
                 for bucket in measurement.buckets
             ),
         )
@@ -258,33 +251,13 @@ def _by_position(measurements: Sequence[Measurement]) -> _Grid:
     ]
     rows.append(("tokens", "", *(f"{bucket.num_tokens:,}" for bucket in buckets)))
     header = ("memory", "XL cache", *(bucket.label for bucket in buckets))
-    return _Grid("Loss by position in the document (nats per token)", header, rows)
+    return Grid("Loss by position in the document (nats per token)", header, rows)
 
 
 def _names(measurement: Measurement) -> tuple[str, str]:
     sizes = (measurement.memory_size, measurement.xl_cache_length)
     memory, cache = (short_number(size) if size else "none" for size in sizes)
     return memory, cache
-
-
-def _markdown(grid: _Grid) -> str:
-    rule = tuple("---:" for _ in grid.header)
-    lines = [f"| {' | '.join(row)} |" for row in (grid.header, rule, *grid.rows)]
-    return "\n".join([f"**{grid.title}**", "", *lines, ""])
-
-
-def _rich(grid: _Grid) -> Table:
-    table = Table(title=grid.title, box=box.SIMPLE_HEAD)
-    for name in grid.header:
-        # words wrap in a narrow terminal, but are not cut
-        table.add_column(name, justify="right", no_wrap=" " not in name)
-    for row in grid.rows:
-        table.add_row(*row)
-    return table
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
 
 
 def _measurement_dict(measurement: Measurement, change: Comparison) -> dict[str, object]:

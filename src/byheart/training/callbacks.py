@@ -111,7 +111,10 @@ class ConsoleCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Move the bar."""
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=state.global_step)
+            # a run may learn on its way when it ends
+            self._progress.update(
+                self._progress.task_ids[0], completed=state.global_step, total=state.max_steps
+            )
 
     def on_log(
         self,

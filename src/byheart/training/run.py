@@ -36,7 +36,7 @@ from byheart.training.identity import run_identity
 from byheart.training.metrics import MetricsFile, plain_number
 from byheart.training.trainer import METRICS, MemoryTrainer
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["TrainResult", "refuse_existing", "train"]
 
 _LOGGER = logging.getLogger(__name__)
 _CONFIG, _TOKENIZER, _RESULT = "config.json", "tokenizer", "result.json"
@@ -105,7 +105,7 @@ def train(
     with arguments.main_process_first(local=False):
         # the others come when the main process has begun the directory
         if arguments.process_index == 0 and not resume and not overwrite:
-            _refuse_existing(out)
+            refuse_existing(out)
         parts = _prepare(run, out, arguments, resume=resume, on_event=on_event)
         if arguments.process_index == 0:
             _begin_directory(out, parts, resume=resume)
@@ -235,7 +235,15 @@ def _tokenize_events(
     return report
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Refuse to begin a run where there is one.
+
+    Args:
+        out: Directory of the run.
+
+    Raises:
+        ValueError: If it holds anything of a run.
+    """
     names = (_CONFIG, METRICS, MODEL, _RESULT)
     found = [name for name in names if (out / name).exists()]
     if found or has_checkpoints(out):

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainingArguments
 
 from byheart.data.rows import SegmentDataset, collate
 from byheart.errors import CheckpointError
@@ -17,37 +15,19 @@ from byheart.memory.state import MemoryState, NewEntries
 from byheart.models.checkpoint import load_weights, save_model
 from byheart.models.decoder import Decoder, DecoderOutput
 from byheart.ops.losses import IGNORED
-from byheart.training.callbacks import (
-    ConsoleCallback,
-    FlowCallback,
-    TensorboardCallback,
-    TrainEvent,
-)
-from byheart.training.checkpoint import (
-    MODEL,
-    Checkpoint,
-    checkpoint_directory,
-    clear_checkpoint,
-    complete_checkpoint,
-    explained_write_errors,
-    load_memory,
-    remove_checkpoints,
-    rotate_checkpoints,
-    save_memory,
-)
+from byheart.training.callbacks import TrainEvent
+from byheart.training.checkpoint import MODEL, Checkpoint, load_memory, save_memory
 from byheart.training.config import TrainingConfig
 from byheart.training.identity import check_fit, run_identity
-from byheart.training.metrics import Meter, MetricsFile, memory_fill
+from byheart.training.metrics import memory_fill
 from byheart.training.optim import make_optimizer
-from byheart.training.stop import StopSignals, TrainingInterruptedError
+from byheart.training.resumable import METRICS, ResumableTrainer
 from byheart.training.wrapper import TrainedDecoder
 
 __all__ = ["METRICS", "MemoryTrainer"]
 
-METRICS = "metrics.jsonl"
 
-
-class MemoryTrainer(Trainer):  # type: ignore[misc]
+class MemoryTrainer(ResumableTrainer):
     """The Hugging Face Trainer for models whose memory outlives a batch.
 
     Each process keeps one memory state per accumulated micro-batch, because micro-batches are rows,
@@ -70,9 +50,6 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
         ValueError: If dataset, model and config do not fit together.
     """
 
-    control: TrainerControl
-    optimizer: torch.optim.Optimizer | None
-
     def __init__(
         self,
         decoder: Decoder,
@@ -86,36 +63,22 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         check_fit(decoder.config, dataset, config, arguments.world_size)
         super().__init__(
-            model=TrainedDecoder(decoder),
-            args=arguments,
-            data_collator=collate,
-            train_dataset=dataset,
+            TrainedDecoder(decoder),
+            dataset,
+            config,
+            arguments,
+            collate=collate,
+            evaluates=evaluate is not None,
+            on_event=on_event,
         )
         self.decoder = decoder
         self.dataset = dataset
-        self.training_config = config
-        self.out_dir = Path(arguments.output_dir)
-        self.metrics = MetricsFile(self.out_dir / METRICS)
         self.memory: list[MemoryState] = []
         """What the rows of this process have read, one state per micro-batch."""
         self._new_entries: NewEntries | None = None
         self._micro_batch = 0
-        self._meter = Meter(self.args.device)
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self._measure = evaluate
-        self._on_event = on_event
-        self._stop = StopSignals()
-        self._resumed_from: int | None = None
-        self._displays: list[ConsoleCallback | TensorboardCallback] = [ConsoleCallback()]
-        if TensorboardCallback.is_available():
-            self._displays.append(TensorboardCallback(self.out_dir / "tensorboard"))
-        # it prints to standard output
-        self.remove_callback(PrinterCallback)
-        self._flow = FlowCallback(
-            config, evaluates=evaluate is not None, should_stop=self._should_stop
-        )
-        for callback in (self._flow, *self._displays):
-            self.add_callback(callback)
 
     def identity(self) -> dict[str, Any]:
         """Return what the run depends on, as checkpoints keep it."""
@@ -123,52 +86,6 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
             self.decoder.config, self.dataset, self.training_config,
             tokenizer_fingerprint=self._tokenizer_fingerprint, num_processes=self.args.world_size,
         )  # fmt: skip
-
-    def train(self, resume_from_checkpoint: Checkpoint | None = None) -> None:
-        """Train to the last step.
-
-        Args:
-            resume_from_checkpoint: Where to go on; `None` starts at step 0. That of the last step
-                only gives the decoder its weights.
-
-        Raises:
-            CheckpointError: If the checkpoint belongs to another run, or one cannot be written.
-            TrainingInterruptedError: If SIGINT or SIGTERM came; the checkpoint is written.
-        """
-        checkpoint = resume_from_checkpoint
-        if checkpoint is None:
-            # with one seed for all, rows of different processes would share their dropout
-            set_seed(self.training_config.seed + self.args.process_index)
-            self.memory = self._empty_memory()
-            self._meter = Meter(self.args.device)
-        else:
-            self._restore(checkpoint)
-        self._micro_batch = 0
-        self._resumed_from = None if checkpoint is None else checkpoint.step
-        if self.is_world_process_zero():
-            self.metrics.truncate(0 if checkpoint is None else checkpoint.step)
-        self._emit("start", {"resumed_from": self._resumed_from})
-        if checkpoint is not None:
-            self._catch_up(checkpoint)
-            if checkpoint.step == self.training_config.max_steps:
-                return
-        self._meter.restart_clock()
-        try:
-            with self._stop:
-                super().train(
-                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path)
-                )
-        finally:
-            for display in self._displays:
-                display.close()
-        step = self.state.global_step
-        if step < self.training_config.max_steps:
-            msg = (
-                f"Training was stopped by {self._stop.received or 'a signal'} after step {step}; "
-                f"{checkpoint_directory(self.out_dir, step)} is complete. "
-                "Continue with resume=True (--resume)."
-            )
-            raise TrainingInterruptedError(msg)
 
     def training_step(
         self,
@@ -250,19 +167,8 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
         if self.control.should_save:
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        device = self.args.device
-        generators = [device] if device.type == "cuda" else []
-        self.decoder.eval()
-        try:
-            with (
-                self._meter.paused(),
-                torch.no_grad(),
-                torch.random.fork_rng(generators),
-                self.accelerator.autocast(),
-            ):
-                measured = self._measure(self.decoder)
-        finally:
-            self.decoder.train()
+        with self._undisturbed(self.decoder):
+            measured = self._measure(self.decoder)
         logs = {f"evaluation/{name}": value for name, value in measured.items()}
         self._write("evaluation", logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
@@ -287,39 +193,11 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
             metrics["memory_fill"] = self._add_up(shares).item() / self.args.world_size
         self._write("log", metrics)
 
-    def _write(self, kind: Any, metrics: dict[str, float]) -> None:
-        with explained_write_errors(self.metrics.path):
-            if self.is_world_process_zero():
-                self.metrics.append(self.state.global_step, metrics)
-            self.control = self.callback_handler.on_log(
-                self.args, self.state, self.control, metrics
-            )
-        self._emit(kind, metrics)
+    def _save_parts(self, path: Path) -> None:
+        save_memory(path, self.memory, self._meter.state(), self.args.process_index)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        path = checkpoint_directory(self.out_dir, self.state.global_step)
-        wait, is_main = self.accelerator.wait_for_everyone, self.is_world_process_zero()
-        with self._meter.paused(), explained_write_errors(path):
-            if is_main:
-                clear_checkpoint(path)
-            wait()
-            super()._save_checkpoint(model, trial)
-            save_memory(path, self.memory, self._meter.state(), self.args.process_index)
-            wait()
-            if is_main:
-                # the lines up to here are part of what the checkpoint continues
-                self.metrics.sync()
-                positions = self.dataset.positions_at(self.state.global_step - 1)
-                complete_checkpoint(path, self.identity(), positions)
-                if self._resumed_from is not None:
-                    # damaged ones that were passed over would take the place of good ones
-                    remove_checkpoints(
-                        self.out_dir, after=self._resumed_from, but=self.state.global_step
-                    )
-                    self._resumed_from = None
-                rotate_checkpoints(self.out_dir, self.training_config.keep_checkpoints)
-            wait()
-        self._emit("checkpoint", {"path": str(path)})
+    def _positions(self) -> Any:
+        return self.dataset.positions_at(self.state.global_step - 1)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -332,17 +210,11 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.decoder, Path(resume_from_checkpoint) / MODEL)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        assert self.optimizer is not None
-        # older Trainers cannot load on several CPU processes; torch moves the tensors itself
-        for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
-            saved = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
-            part.load_state_dict(saved)
+    def _begin(self) -> None:
+        self.memory = self._empty_memory()
+        self._micro_batch = 0
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        checkpoint.require_same(self.identity())
         read = self.dataset.positions_at(checkpoint.step - 1)
         if checkpoint.positions() != read:
             msg = (
@@ -354,6 +226,7 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
             checkpoint.path, self._empty_memory(), self.args.process_index
         )
         self._meter.load_state(sums)
+        self._micro_batch = 0
 
     def _catch_up(self, checkpoint: Checkpoint) -> None:
         step, lines = checkpoint.step, self.metrics.read()
@@ -361,29 +234,15 @@ class MemoryTrainer(Trainer):  # type: ignore[misc]
         is_owed = self._flow.evaluates_after(step) and not is_evaluated
         # all have read the lines before one writes another
         self.accelerator.wait_for_everyone()
-        if is_owed or step == self.training_config.max_steps:
+        if is_owed or self._is_done(step):
             load_weights(self.decoder, checkpoint.path / MODEL)
         if is_owed:
             self.state.global_step = step
             self.evaluate()
 
+    def _is_done(self, step: int) -> bool:
+        return step >= self.training_config.max_steps
+
     def _empty_memory(self) -> list[MemoryState]:
         rows, count = self.training_config.rows_per_device, self.training_config.accumulation_steps
         return [self.decoder.new_state(rows) for _ in range(count)]
-
-    def _should_stop(self) -> bool:
-        received = self._stop.received is not None
-        if self.args.world_size == 1:
-            return received
-        # processes that stopped at different steps would wait for each other for ever
-        flag = torch.tensor(float(received), device=self.args.device)
-        return bool(self._add_up(flag) > 0)
-
-    def _add_up(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")  # type: ignore[no-any-return]
-
-    def _emit(self, kind: Any, values: Mapping[str, Any]) -> None:
-        if self._on_event is not None and self.is_world_process_zero():
-            max_steps = self.training_config.max_steps
-            step = self.state.global_step
-            self._on_event(TrainEvent(kind=kind, step=step, max_steps=max_steps, values=values))

@@ -1,0 +1,167 @@
+"""`byheart train` with a recipe that learns a task, and `byheart evaluate-task`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from byheart.cli.common import (
+    Bar,
+    DeviceOption,
+    err_console,
+    find_device,
+    parse_sizes,
+    print_json,
+    progress_bar,
+)
+from byheart.cli.reproduce_output import JsonOption, PlotOption, show_output, write_output
+from byheart.training.task_config import TaskRunConfig
+
+if TYPE_CHECKING:
+    from byheart.evaluation.segments import SegmentsProgress
+    from byheart.evaluation.segments_result import SegmentsResult
+
+DEFAULT_SEGMENTS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("evaluate-task")(evaluate_task)
+
+
+def train_task(
+    run: TaskRunConfig, directory: Path, *, resume: bool, overwrite: bool, as_json: bool
+) -> None:
+    """Learn a task, and print what became of it.
+
+    Args:
+        run: What to do.
+        directory: Of the run.
+        resume: Go on from the newest checkpoint.
+        overwrite: Remove the run that the directory holds.
+        as_json: Whether to print JSON.
+
+    Raises:
+        Exit: If a stage of the curriculum was not reached.
+    """
+    # brings transformers, which other commands and --help need not wait for
+    from byheart.training.task_run import train_task as run_training
+
+    with evaluation_progress() as on_progress:
+        result = run_training(
+            run, directory, resume=resume, overwrite=overwrite, on_progress=on_progress
+        )
+    if as_json:
+        print_json({**result.to_dict(), "run_dir": str(directory)})
+    else:
+        print(result.evaluation.to_markdown())
+        err_console.print(f"{result.summary} The run is in {directory}.", highlight=False)
+        err_console.print(f"Longer documents: byheart evaluate-task {directory}", highlight=False)
+    if result.outcome != "reached":
+        raise typer.Exit(1)
+
+
+def evaluate_task(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Directories of finished runs, such as those of 3 seeds.")
+    ],
+    *,
+    segments: Annotated[
+        str, typer.Option(help="Lengths of the documents in segments.")
+    ] = DEFAULT_SEGMENTS,
+    samples: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 400,
+    rows: Annotated[int, typer.Option(min=1, help="Documents read side by side.")] = 50,
+    device: DeviceOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for result and plot; default: RUN/evaluation.")
+    ] = None,
+    plot: PlotOption = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the accuracy on a task by number of segments."""
+    lengths = parse_segments(segments)
+    where = find_device(device)
+    from byheart.evaluation.segments_plot import plot_accuracy_by_segments
+    from byheart.evaluation.segments_result import RunsResult
+
+    found = RunsResult(
+        runs=tuple(
+            measure_run(run, lengths, samples=samples, rows=rows, device=str(where)) for run in runs
+        )
+    )
+    table = found.to_markdown()
+    result = {"models": [str(run) for run in runs], **found.to_dict()}
+    name = found.runs[0].task
+    draw = (lambda path: plot_accuracy_by_segments({name: found}, path)) if plot else None
+    files = write_output(out or runs[0] / "evaluation", "segments", result, table, draw)
+    show_output(result, table, files, as_json=as_json)
+
+
+def parse_segments(text: str) -> tuple[int, ...]:
+    """Read lengths of documents, such as `1,2,4,4K`.
+
+    Returns:
+        The numbers; K is 1024.
+
+    Raises:
+        BadParameter: If an item is no number above 0.
+    """
+    try:
+        lengths = parse_sizes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if min(lengths) < 1:
+        msg = f"--segments must be at least 1 each, got {text}."
+        raise typer.BadParameter(msg)
+    return lengths
+
+
+def measure_run(
+    run: Path, segments: Sequence[int], *, samples: int, rows: int, device: str
+) -> "SegmentsResult":
+    """Measure the accuracy of a finished run, with a progress bar.
+
+    Args:
+        run: Its directory.
+        segments: Lengths of the documents.
+        samples: Documents of each length.
+        rows: Documents read at the same time.
+        device: Where to.
+
+    Returns:
+        Accuracy by length.
+    """
+    from byheart.evaluation.segments import evaluate_by_segments
+    from byheart.training.task_run import load_task_run
+
+    trained = load_task_run(run)
+    with evaluation_progress() as on_progress:
+        return evaluate_by_segments(
+            trained.memory_model.to(device),
+            trained.task,
+            segments=segments,
+            samples=samples,
+            rows=rows,
+            on_progress=on_progress,
+        )
+
+
+@contextmanager
+def evaluation_progress() -> "Iterator[Callable[[SegmentsProgress], None]]":
+    """Show how far an evaluation by segments is; nothing before its first piece.
+
+    Yields:
+        What to pass as `on_progress`.
+    """
+    with ExitStack() as stack:
+        bars: list[Bar] = []
+
+        def show(now: "SegmentsProgress") -> None:
+            # not earlier: training has a bar of its own
+            if not bars:
+                bars.append(Bar(stack.enter_context(progress_bar("tokens"))))
+            bars[0].move("evaluate", now.num_tokens, now.total_tokens)
+
+        yield show

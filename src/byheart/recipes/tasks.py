@@ -1,0 +1,39 @@
+"""The tasks of the Recurrent Memory Transformer report, for a small encoder from scratch.
+
+The defaults of `byheart.training.task_config` are the recipe: windows of 64 tokens, 10 memory
+tokens, documents of mixed lengths that grow from 1 to 7 segments. For a pretrained encoder:
+`--set pretrained=FOLDER --set encoder=null --set window=512`.
+"""
+
+from byheart.training.task_config import (
+    CurriculumConfig,
+    TaskEvaluationConfig,
+    TaskPart,
+    TaskRunConfig,
+)
+
+
+def rmt_memorize() -> TaskRunConfig:
+    """Keep a fact from the first segment to the question in the last: minutes on 2 CPU cores."""
+    return TaskRunConfig(name="rmt-memorize", task=TaskPart(name="memorize"))
+
+
+def rmt_detect() -> TaskRunConfig:
+    """Find a fact anywhere in a text and keep it to the question."""
+    return TaskRunConfig(name="rmt-detect", task=TaskPart(name="detect"))
+
+
+def rmt_reason() -> TaskRunConfig:
+    """Keep two facts from anywhere in a text, and answer by the one that is asked for."""
+    return TaskRunConfig(name="rmt-reason", task=TaskPart(name="reason"))
+
+
+def rmt_capacity() -> TaskRunConfig:
+    """Keep 8 facts and answer by one of them: what a memory can hold (--set task.num_facts=16)."""
+    return TaskRunConfig(
+        name="rmt-capacity",
+        task=TaskPart(name="capacity", num_facts=8),
+        # 8 facts fill more than a segment of 51 tokens
+        curriculum=CurriculumConfig(min_segments=2),
+        evaluation=TaskEvaluationConfig(segments=(2, 4, 8, 16)),
+    )

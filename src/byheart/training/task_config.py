@@ -1,0 +1,352 @@
+"""What a run that learns a task with recurrent memory is made of, as configs."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from byheart.data.tasks import TaskConfig, TaskForm, TaskName
+from byheart.models.recurrent_config import RecurrentMemoryConfig
+from byheart.training.config import TrainingConfig
+
+__all__ = [
+    "CurriculumConfig",
+    "EncoderConfig",
+    "MemoryPart",
+    "TaskEvaluationConfig",
+    "TaskPart",
+    "TaskRunConfig",
+    "TaskTrainingConfig",
+]
+
+# BERT's window: [CLS] memory [SEP] text [SEP]
+_SPECIAL_TOKENS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskPart:
+    """The documents of a run, see `byheart.data.tasks.TaskConfig`."""
+
+    name: TaskName
+    """The task."""
+    form: TaskForm = "clean"
+    """Facts never trained on, at any place, or the report's exact arithmetic."""
+    num_facts: int = 1
+    """Facts of a document; `capacity` only."""
+    facts: str | None = None
+    """File of stories, such as bAbI task 4; `reason` only. `None` takes all bAbI could make."""
+    background: str | None = None
+    """Documents around the facts of training; `None` takes the stories that come with byheart."""
+    validation_background: str | None = None
+    """Documents around the facts of evaluation."""
+
+    def __post_init__(self) -> None:
+        if (self.background is None) != (self.validation_background is None):
+            msg = (
+                "background and validation_background must be given together, got "
+                f"{self.background!r} and {self.validation_background!r}: evaluation must not read "
+                "what training has read."
+            )
+            raise ValueError(msg)
+        # refuses what no task is, while the settings are still at hand
+        self.resolve(1, "train")
+
+    def resolve(self, segment_length: int, split: Literal["train", "validation"]) -> TaskConfig:
+        """Give the config of the documents of a split.
+
+        Args:
+            segment_length: Text tokens of a segment.
+            split: Which documents.
+
+        Returns:
+            What to make a `Task` of.
+        """
+        return TaskConfig(
+            name=self.name,
+            form=self.form,
+            segment_length=segment_length,
+            num_facts=self.num_facts,
+            facts=self.facts,
+            background=self.background if split == "train" else self.validation_background,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderConfig:
+    """A BERT with random weights; with the defaults it has about a million parameters."""
+
+    num_layers: int = 4
+    """Layers."""
+    embed_dim: int = 128
+    """Width of embeddings and hidden states."""
+    num_heads: int = 4
+    """Attention heads per layer."""
+    hidden_dim: int = 384
+    """Width inside the feed-forward layers."""
+    vocab_size: int = 2048
+    """Tokens to learn at most, from background and facts."""
+    dropout: float = 0.1
+    """Share of hidden states and attention weights that training sets to 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "embed_dim", "num_heads", "hidden_dim"):
+            _require_at_least(name, getattr(self, name), 1)
+        _require_at_least("vocab_size", self.vocab_size, 257)
+        if self.embed_dim % self.num_heads:
+            msg = (
+                f"embed_dim must be a multiple of num_heads ({self.num_heads}), got "
+                f"{self.embed_dim}."
+            )
+            raise ValueError(msg)
+        if not 0 <= self.dropout < 1:
+            msg = f"dropout must be at least 0 and below 1, got {self.dropout}."
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPart:
+    """The memory of a run, see `byheart.models.recurrent_config.RecurrentMemoryConfig`."""
+
+    num_memory_tokens: int = 10
+    """Vectors that are passed on."""
+    update: Literal["replace", "gated"] = "replace"
+    """Whether what was written replaces the memory (the report) or is mixed into it."""
+    gate_bias_init: float = -2.0
+    """First value of the gate's bias; `gated` only."""
+    normalize_memory: bool = False
+    """Whether what was written is layer-normalised."""
+    noise: float = 0.0
+    """Noise on the memory in training, relative to its standard deviation."""
+    replay: bool = False
+    """Whether segments are computed again for the backward pass: constant activation memory."""
+    bptt_depth: int | None = None
+    """Segments that the loss reaches backwards; `None` for all."""
+
+    def __post_init__(self) -> None:
+        # refuses what no memory is, while the settings are still at hand
+        self.resolve(1, "clean")
+
+    def resolve(
+        self,
+        segment_length: int,
+        form: TaskForm,
+        *,
+        start_ids: tuple[int, ...] = (),
+        separator_ids: tuple[int, ...] = (),
+    ) -> RecurrentMemoryConfig:
+        """Give the config of the memory.
+
+        Args:
+            segment_length: Text tokens of a segment.
+            form: Of the documents: the report's have a short first segment.
+            start_ids: BERT's `[CLS]`.
+            separator_ids: BERT's `[SEP]`, between memory and text and at the end.
+
+        Returns:
+            What to make a `RecurrentMemory` with.
+        """
+        return RecurrentMemoryConfig(
+            segment_length=segment_length,
+            num_memory_tokens=self.num_memory_tokens,
+            alignment="right" if form == "report" else "left",
+            bptt_depth=self.bptt_depth,
+            replay=self.replay,
+            start_ids=start_ids,
+            separator_ids=separator_ids,
+            end_ids=separator_ids,
+            update=self.update,
+            gate_bias_init=self.gate_bias_init,
+            normalize_memory=self.normalize_memory,
+            noise=self.noise,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurriculumConfig:
+    """How the documents grow: stage N has documents of at most N segments."""
+
+    min_segments: int = 1
+    """Segments of the first stage, and of the shortest documents."""
+    max_segments: int = 7
+    """Segments of the last stage (the report: 7)."""
+    lengths: Literal["stage", "mixed"] = "mixed"
+    """`stage`: all documents of stage N have N segments (the report). `mixed`: each batch has N
+    segments with probability `stage_share`, and otherwise `min_segments` to N of them, all
+    equally likely."""
+    stage_share: float = 0.5
+    """Share of the batches that have the full length of the stage without a draw; `mixed` only."""
+    advance_accuracy: float = 0.995
+    """Accuracy on held-out documents of N segments at which stage N has been reached."""
+    evaluate_every: int = 50
+    """Steps between evaluations."""
+    evaluate_samples: int = 400
+    """Held-out documents of an evaluation."""
+    stage_steps: int = 4000
+    """Steps that a stage may take; then the run ends, and says which stage was not reached."""
+    continue_steps: int = 500
+    """Steps after the last stage has been reached: accuracy on longer documents still rises."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("min_segments", 1),
+            ("max_segments", self.min_segments),
+            ("evaluate_every", 1),
+            ("evaluate_samples", 1),
+            ("stage_steps", self.evaluate_every),
+            ("continue_steps", 0),
+        ):
+            _require_at_least(name, getattr(self, name), least)
+        for name in ("stage_share", "advance_accuracy"):
+            if not 0 <= getattr(self, name) <= 1:
+                msg = f"{name} must be between 0 and 1, got {getattr(self, name)}."
+                raise ValueError(msg)
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the whole run."""
+        return self.max_segments - self.min_segments + 1
+
+    @property
+    def most_stage_steps(self) -> int:
+        """Steps after which a stage is given up: `stage_steps`, up to the next evaluation."""
+        return math.ceil(self.stage_steps / self.evaluate_every) * self.evaluate_every
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of the longest run: every stage is reached at the last evaluation that counts."""
+        return self.num_stages * self.most_stage_steps + self.continue_steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskTrainingConfig:
+    """How a task is learned. Optimizer: AdamW; loss: mean over the documents of a step."""
+
+    rows_per_device: int = 32
+    """Documents that a process reads at the same time in one forward pass."""
+    accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    learning_rate: float = 1e-3
+    """Highest rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the rate falls, from its highest value when the last stage is reached to 0 at the end of
+    `curriculum.continue_steps`: how long the stages take is not known before."""
+    warmup_steps: int = 100
+    """Steps in which the rate rises linearly from 0."""
+    weight_decay: float = 0.01
+    """Decay of the matrices; biases, norms, embeddings and memory tokens have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's averages of gradients and of their squares."""
+    max_gradient_norm: float = 1.0
+    """Longer gradients, over all parameters, are scaled down to this length."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the matrix products; weights, optimizer and memory are always float32."""
+    seed: int = 0
+    """Decides first weights, documents and dropout."""
+    save_every: int = 200
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Complete checkpoints that stay; at least 2, so that a damaged one has a predecessor."""
+    log_every: int = 10
+    """Steps between log lines."""
+
+    def __post_init__(self) -> None:
+        _require_at_least("seed", self.seed, 0)
+        # refuses what cannot be trained with, while the settings are still at hand
+        self.resolve(CurriculumConfig())
+
+    def resolve(self, curriculum: CurriculumConfig) -> TrainingConfig:
+        """Give the config of the steps. The learning rate is the curriculum's.
+
+        Args:
+            curriculum: How long the run may be.
+
+        Returns:
+            What the Trainer needs.
+        """
+        return TrainingConfig(
+            rows_per_device=self.rows_per_device,
+            accumulation_steps=self.accumulation_steps,
+            max_steps=curriculum.most_steps,
+            learning_rate=self.learning_rate,
+            schedule="constant",
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            max_gradient_norm=self.max_gradient_norm,
+            precision=self.precision,
+            seed=self.seed,
+            save_every=self.save_every,
+            keep_checkpoints=self.keep_checkpoints,
+            evaluate_every=curriculum.evaluate_every,
+            log_every=self.log_every,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskEvaluationConfig:
+    """What is measured at the end of a run, on held-out facts."""
+
+    segments: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Lengths of the documents."""
+    samples: int = 400
+    """Documents of each length."""
+    rows: int = 50
+    """Documents read at the same time."""
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            msg = "segments must name at least one length, got none."
+            raise ValueError(msg)
+        for name, value in (("segments", min(self.segments)), ("samples", self.samples),
+                            ("rows", self.rows)):  # fmt: skip
+            _require_at_least(name, value, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskRunConfig:
+    """Everything a run that learns a task depends on."""
+
+    name: str
+    """What the run is called."""
+    task: TaskPart
+    """The documents."""
+    window: int = 64
+    """Positions of the encoder: text, memory and three special tokens (the report: 512)."""
+    encoder: EncoderConfig | None = field(default_factory=EncoderConfig)
+    """An encoder with random weights and a vocabulary of its own."""
+    pretrained: str | None = None
+    """Instead: folder of a Hugging Face encoder with its tokenizer."""
+    memory: MemoryPart = field(default_factory=MemoryPart)
+    """The memory."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """How the documents grow."""
+    training: TaskTrainingConfig = field(default_factory=TaskTrainingConfig)
+    """Batch, optimizer, checkpoints."""
+    evaluation: TaskEvaluationConfig = field(default_factory=TaskEvaluationConfig)
+    """What is measured at the end."""
+
+    def __post_init__(self) -> None:
+        if (self.encoder is None) == (self.pretrained is None):
+            given = "none" if self.encoder is None else "both"
+            msg = (
+                f"Either encoder or pretrained must be given, got {given}. For a pretrained "
+                "encoder set pretrained=FOLDER and encoder=null."
+            )
+            raise ValueError(msg)
+        if self.segment_length < 1:
+            msg = (
+                f"window must be at least {1 - self.segment_length + self.window}: "
+                f"{self.memory.num_memory_tokens} memory tokens, {_SPECIAL_TOKENS} special tokens "
+                f"and text, got {self.window}."
+            )
+            raise ValueError(msg)
+
+    @property
+    def segment_length(self) -> int:
+        """Text tokens of a segment."""
+        return self.window - self.memory.num_memory_tokens - _SPECIAL_TOKENS
+
+
+def _require_at_least(name: str, value: int | float, least: int) -> None:
+    if value < least:
+        msg = f"{name} must be at least {least}, got {value}."
+        raise ValueError(msg)

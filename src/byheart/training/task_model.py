@@ -1,0 +1,141 @@
+"""Encoder, tokenizer and memory of a run that learns a task."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+)
+
+from byheart.adapters.recurrent import RecurrentMemory
+from byheart.data.tasks import Split, Task, train_task_tokenizer
+from byheart.data.tokenize import Tokenizer, load_tokenizer
+from byheart.errors import CheckpointError
+from byheart.training.task_config import EncoderConfig, TaskRunConfig
+
+__all__ = ["TaskTokenizer", "make_memory_model", "make_task", "make_tokenizer"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskTokenizer:
+    """A tokenizer, and the special tokens of the encoder."""
+
+    tokenizer: Tokenizer
+    """Makes the tokens of the documents."""
+    start_id: int
+    """BERT's `[CLS]`."""
+    separator_id: int
+    """BERT's `[SEP]`."""
+
+
+def make_tokenizer(run: TaskRunConfig, saved: Path | None = None) -> TaskTokenizer:
+    """Learn the vocabulary of a run, or load the pretrained encoder's.
+
+    Args:
+        run: The run.
+        saved: Where the run has saved its tokenizer: it is not learned again.
+
+    Returns:
+        The tokenizer. A learned one leaves its special tokens to the encoder, whose embedding has
+        three more entries: `[CLS]`, `[SEP]` and padding.
+
+    Raises:
+        CheckpointError: If the pretrained tokenizer has no `[CLS]` or `[SEP]`.
+    """
+    if run.encoder is not None:
+        if saved is not None:
+            tokenizer: Tokenizer = load_tokenizer(saved)
+        else:
+            config = run.task.resolve(run.segment_length, "train")
+            tokenizer = train_task_tokenizer(config, run.encoder.vocab_size)
+        size = tokenizer.vocab_size
+        return TaskTokenizer(tokenizer=tokenizer, start_id=size, separator_id=size + 1)
+    assert run.pretrained is not None
+    tokenizer = load_tokenizer(run.pretrained)
+    special = AutoTokenizer.from_pretrained(run.pretrained, local_files_only=True)
+    if special.cls_token_id is None or special.sep_token_id is None:
+        msg = (
+            f"The tokenizer in {run.pretrained} must have [CLS] and [SEP], or what stands for "
+            "them. Use an encoder of BERT's family."
+        )
+        raise CheckpointError(msg)
+    return TaskTokenizer(
+        tokenizer=tokenizer, start_id=special.cls_token_id, separator_id=special.sep_token_id
+    )
+
+
+def make_task(
+    run: TaskRunConfig, tokenizer: Tokenizer, *, is_training: bool, seed: int = 0
+) -> Task:
+    """Make the documents of a run.
+
+    Args:
+        run: The run.
+        tokenizer: Its tokenizer.
+        is_training: Whether those to learn from, or those with held-out facts.
+        seed: Another seed gives other documents.
+
+    Returns:
+        The documents.
+    """
+    split: Split = "train" if is_training else "validation"
+    config = run.task.resolve(run.segment_length, split)
+    return Task(config, tokenizer, split=split, seed=seed)
+
+
+def make_memory_model(
+    run: TaskRunConfig, tokenizer: TaskTokenizer, num_labels: int
+) -> RecurrentMemory:
+    """Make encoder and memory with first weights that the seed decides.
+
+    Args:
+        run: The run.
+        tokenizer: Its tokenizer.
+        num_labels: Answers to choose from.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    torch.manual_seed(run.training.seed)
+    if run.encoder is not None:
+        encoder = _scratch(run.encoder, run.window, tokenizer.tokenizer.vocab_size, num_labels)
+    else:
+        encoder = AutoModelForSequenceClassification.from_pretrained(
+            # a checkpoint may be in half precision
+            run.pretrained,
+            num_labels=num_labels,
+            local_files_only=True,
+            dtype=torch.float32,
+        )
+    config = run.memory.resolve(
+        run.segment_length,
+        run.task.form,
+        start_ids=(tokenizer.start_id,),
+        separator_ids=(tokenizer.separator_id,),
+    )
+    return RecurrentMemory(encoder, config).eval()
+
+
+def _scratch(
+    config: EncoderConfig, window: int, vocab_size: int, num_labels: int
+) -> PreTrainedModel:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=vocab_size + 3,
+            # its embedding never learns, so it must be no token of the documents
+            pad_token_id=vocab_size + 2,
+            hidden_size=config.embed_dim,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            intermediate_size=config.hidden_dim,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+            max_position_embeddings=window,
+            num_labels=num_labels,
+        )
+    )

@@ -1,0 +1,337 @@
+"""Learn a task from a config: documents, model, curriculum, result."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from byheart.adapters.recurrent import RecurrentMemory
+from byheart.adapters.recurrent_saving import load_recurrent, save_recurrent
+from byheart.config import load_config, save_config, to_dict, write_text_atomic
+from byheart.data.tasks import Task
+from byheart.data.tokenize import Tokenizer, load_tokenizer
+from byheart.errors import CheckpointError
+from byheart.evaluation.segments import SegmentsProgress, evaluate_by_segments
+from byheart.evaluation.segments_result import SegmentsResult
+from byheart.models.fingerprint import model_fingerprint
+from byheart.training.arguments import training_arguments
+from byheart.training.callbacks import TrainEvent
+from byheart.training.checkpoint import (
+    MODEL,
+    Checkpoint,
+    explained_write_errors,
+    find_checkpoint,
+    remove_checkpoints,
+)
+from byheart.training.curriculum import Curriculum, Outcome
+from byheart.training.resumable import METRICS
+from byheart.training.run import refuse_existing
+from byheart.training.task_config import TaskRunConfig
+from byheart.training.task_model import TaskTokenizer, make_memory_model, make_task, make_tokenizer
+from byheart.training.task_trainer import TaskTrainer
+
+__all__ = ["TaskResult", "TrainedTask", "load_task_run", "train_task"]
+
+_CONFIG, _TOKENIZER, _RESULT = "config.json", "tokenizer", "result.json"
+_TENSORBOARD = "tensorboard"
+# what may be raised when a run is resumed: lower ones could make steps that are done too many
+_FREE_TO_RAISE = ("stage_steps", "continue_steps")
+# documents of the final evaluation are not those that the curriculum has looked at
+_FINAL_SEED = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskResult:
+    """What a finished run has made."""
+
+    out_dir: Path
+    """The run's directory."""
+    model_dir: Path
+    """The trained model, for `byheart.adapters.recurrent_saving.load_recurrent`."""
+    outcome: Outcome
+    """`reached`: all stages; `not reached`: a stage took longer than it may."""
+    steps: int
+    """Optimizer steps done, those before an interruption included."""
+    resumed_from: int | None
+    """Step of the checkpoint that this call went on from; `None` if it started at 0."""
+    num_parameters: int
+    """Parameters of encoder and memory."""
+    curriculum: Curriculum
+    """The stages, and every evaluation."""
+    evaluation: SegmentsResult
+    """Accuracy by number of segments, on held-out facts."""
+
+    @property
+    def summary(self) -> str:
+        """What became of the curriculum, in one sentence."""
+        last, config = self.curriculum.evaluations[-1], self.curriculum.config
+        if self.outcome == "reached":
+            return (
+                f"All {config.num_stages} stages were reached with an accuracy of "
+                f"{config.advance_accuracy:.1%}, the last after step "
+                f"{self.curriculum.saturated_at:,} of {self.steps:,}."
+            )
+        return (
+            f"The stage of {last.num_segments} of {config.max_segments} segments was not reached: "
+            f"after {config.stage_steps:,} steps the accuracy is {last.accuracy:.1%}, and must be "
+            f"{config.advance_accuracy:.1%}. Raise "
+            "curriculum.stage_steps and go on with resume=True (--resume), or change the training."
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """Give what `result.json` holds.
+
+        Returns:
+            Nested dictionaries.
+        """
+        return {
+            "outcome": self.outcome,
+            "summary": self.summary,
+            "steps": self.steps,
+            "num_parameters": self.num_parameters,
+            "stages": [
+                {"num_segments": e.num_segments, "step": e.step, "accuracy": e.accuracy}
+                for e in self.curriculum.reached
+            ],
+            "evaluation": self.evaluation.to_dict(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedTask:
+    """What a finished run has left."""
+
+    run: TaskRunConfig
+    """Its config."""
+    memory_model: RecurrentMemory
+    """The trained model, in evaluation mode."""
+    task: Task
+    """Documents with held-out facts, which the run has not been steered by."""
+
+
+def train_task(
+    run: TaskRunConfig,
+    out_dir: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_event: Callable[[TrainEvent], None] | None = None,
+    on_progress: Callable[[SegmentsProgress], None] | None = None,
+) -> TaskResult:
+    """Learn a task, or go on where a killed or stopped run was.
+
+    The directory then holds `config.json`, `tokenizer/`, `metrics.jsonl`, `checkpoint-N/`,
+    `model/`, `result.json` and, if TensorBoard is installed, `tensorboard/`. Under `torchrun` each
+    process takes its part of the documents; all must see the same directory.
+
+    Args:
+        run: What to do.
+        out_dir: Directory of the run.
+        resume: Go on from the newest complete checkpoint. The result is that of a run that was
+            never interrupted. How often to log and save and the final evaluation may differ, and
+            `stage_steps` and `continue_steps` may be higher.
+        overwrite: Remove the run that is in the directory.
+        on_event: Called in the main process for each log line, evaluation and checkpoint.
+        on_progress: Called during the final evaluation.
+
+    Returns:
+        What was made.
+
+    Raises:
+        ValueError: If the directory holds a run and it is not said what to do with it.
+        CheckpointError: If there is no complete checkpoint to resume from, it belongs to another
+            run, or something cannot be written.
+        TrainingInterruptedError: If SIGINT or SIGTERM came; a checkpoint is written.
+    """
+    if resume and overwrite:
+        msg = "resume and overwrite cannot both be True. Choose one."
+        raise ValueError(msg)
+    out = Path(out_dir)
+    arguments = training_arguments(run.training.resolve(run.curriculum), out)
+    # the weights of a gate take no part in documents of one segment
+    arguments.ddp_find_unused_parameters = True
+    is_main = arguments.process_index == 0
+    with arguments.main_process_first(local=False):
+        # the others come when the main process has begun the directory
+        if is_main and not resume and not overwrite:
+            refuse_existing(out)
+        checkpoint = find_checkpoint(out) if resume else None
+        saved = out / _TOKENIZER if resume or not is_main else None
+        tokenizer = make_tokenizer(run, saved)
+        identity = _identity(run, tokenizer, arguments.world_size)
+        if checkpoint is not None:
+            checkpoint.require_same(identity)
+            _check_lengths(run, out)
+        train = make_task(run, tokenizer.tokenizer, is_training=True, seed=run.training.seed)
+        _check_shortest(run, train)
+        if is_main:
+            _begin_directory(out, run, tokenizer, resume=resume)
+    trainer = _train(run, tokenizer, train, arguments, identity, checkpoint, on_event)
+    if is_main:
+        with explained_write_errors(out / MODEL):
+            save_recurrent(trainer.memory_model, out / MODEL, with_model=True)
+    result = _result(trainer, tokenizer, checkpoint, on_progress)
+    if is_main:
+        with explained_write_errors(out / _RESULT):
+            _write_result(result, run, tokenizer, trainer.memory_model)
+    arguments.distributed_state.wait_for_everyone()
+    return result
+
+
+def load_task_run(run_dir: str | os.PathLike[str]) -> TrainedTask:
+    """Load what a finished run has left.
+
+    Args:
+        run_dir: Directory of the run.
+
+    Returns:
+        Model and documents.
+
+    Raises:
+        CheckpointError: If the run is not finished.
+    """
+    directory = Path(run_dir)
+    if not (directory / MODEL).is_dir():
+        msg = (
+            f"{directory} must hold a finished run with {MODEL}/ and {_TOKENIZER}/. Finish it with "
+            "resume=True (--resume), or name the directory of another."
+        )
+        raise CheckpointError(msg)
+    run = load_config(TaskRunConfig, directory / _CONFIG)
+    return TrainedTask(
+        run=run,
+        memory_model=load_recurrent(None, directory / MODEL),
+        task=_final_task(run, load_tokenizer(directory / _TOKENIZER)),
+    )
+
+
+def _train(
+    run: TaskRunConfig,
+    tokenizer: TaskTokenizer,
+    train: Task,
+    arguments: TrainingArguments,
+    identity: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    on_event: Callable[[TrainEvent], None] | None,
+) -> TaskTrainer:
+    trainer = TaskTrainer(
+        make_memory_model(run, tokenizer, train.num_labels),
+        train,
+        make_task(run, tokenizer.tokenizer, is_training=False, seed=run.training.seed),
+        run,
+        arguments,
+        identity=identity,
+        on_event=on_event,
+    )
+    trainer.train(checkpoint)
+    return trainer
+
+
+def _identity(run: TaskRunConfig, tokenizer: TaskTokenizer, num_processes: int) -> dict[str, Any]:
+    """Collect what a run depends on, without what may change when it is resumed.
+
+    Returns:
+        Nested dictionaries that JSON can hold.
+    """
+    plain: dict[str, Any] = to_dict(run)
+    for name in ("name", "evaluation"):
+        del plain[name]
+    for part, names in (
+        ("training", ("save_every", "keep_checkpoints", "log_every")),
+        ("curriculum", _FREE_TO_RAISE),
+    ):
+        for name in names:
+            del plain[part][name]
+    fingerprint = tokenizer.tokenizer.fingerprint
+    return plain | {"tokenizer": fingerprint, "num_processes": num_processes}
+
+
+def _check_lengths(run: TaskRunConfig, out: Path) -> None:
+    before = load_config(TaskRunConfig, out / _CONFIG).curriculum
+    for name in _FREE_TO_RAISE:
+        least, wanted = getattr(before, name), getattr(run.curriculum, name)
+        if wanted < least:
+            msg = (
+                f"curriculum.{name} must be at least the {least} that {out} has had, got {wanted}. "
+                "Raise it."
+            )
+            raise ValueError(msg)
+
+
+def _check_shortest(run: TaskRunConfig, train: Task) -> None:
+    for name, shortest in (
+        ("curriculum.min_segments", run.curriculum.min_segments),
+        ("evaluation.segments", min(run.evaluation.segments)),
+    ):
+        if shortest < train.min_segments:
+            msg = (
+                f"{name} must be at least the {train.min_segments} that hold all facts, got "
+                f"{shortest}. Raise it, or raise window."
+            )
+            raise ValueError(msg)
+
+
+def _begin_directory(
+    out: Path, run: TaskRunConfig, tokenizer: TaskTokenizer, *, resume: bool
+) -> None:
+    with explained_write_errors(out / _CONFIG):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _RESULT).unlink(missing_ok=True)
+        if not resume:
+            # only what a run writes: the directory may be somebody's home
+            remove_checkpoints(out)
+            (out / METRICS).unlink(missing_ok=True)
+            for name in (MODEL, _TOKENIZER, _TENSORBOARD):
+                shutil.rmtree(out / name, ignore_errors=True)
+            tokenizer.tokenizer.save(out / _TOKENIZER)
+        save_config(run, out / _CONFIG)
+
+
+def _result(
+    trainer: TaskTrainer,
+    tokenizer: TaskTokenizer,
+    checkpoint: Checkpoint | None,
+    on_progress: Callable[[SegmentsProgress], None] | None,
+) -> TaskResult:
+    model, run, step = trainer.memory_model, trainer.run, trainer.state.global_step
+    return TaskResult(
+        out_dir=trainer.out_dir,
+        model_dir=trainer.out_dir / MODEL,
+        outcome=trainer.curriculum.outcome(step),
+        steps=step,
+        resumed_from=None if checkpoint is None else checkpoint.step,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        curriculum=trainer.curriculum,
+        evaluation=evaluate_by_segments(
+            model,
+            _final_task(run, tokenizer.tokenizer),
+            segments=run.evaluation.segments,
+            samples=run.evaluation.samples,
+            rows=run.evaluation.rows,
+            on_progress=on_progress,
+        ),
+    )
+
+
+def _final_task(run: TaskRunConfig, tokenizer: Tokenizer) -> Task:
+    seed = run.training.seed + _FINAL_SEED
+    return make_task(run, tokenizer, is_training=False, seed=seed)
+
+
+def _write_result(
+    result: TaskResult, run: TaskRunConfig, tokenizer: TaskTokenizer, model: RecurrentMemory
+) -> None:
+    content: Mapping[str, object] = {
+        "name": run.name,
+        **result.to_dict(),
+        "model_fingerprint": model_fingerprint(model),
+        "tokenizer_fingerprint": tokenizer.tokenizer.fingerprint,
+        "versions": {name: version(name) for name in ("byheart", "torch", "transformers")},
+    }
+    write_text_atomic(result.out_dir / _RESULT, json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,289 @@
+"""Learn a task on documents that grow: the Hugging Face Trainer with a curriculum."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from byheart.adapters.recurrent import RecurrentMemory
+from byheart.data.tasks import Task, collate
+from byheart.evaluation.segments import count_right
+from byheart.memory.files import load_directory, save_directory
+from byheart.training.callbacks import TrainEvent
+from byheart.training.checkpoint import MODEL, Checkpoint, load_memory, save_memory
+from byheart.training.curriculum import Curriculum
+from byheart.training.resumable import ResumableTrainer
+from byheart.training.task_config import TaskRunConfig
+
+__all__ = ["CURRICULUM", "TaskTrainer"]
+
+CURRICULUM = "curriculum.json"
+
+
+class TaskTrainer(ResumableTrainer):
+    """Trains a model with recurrent memory on documents made as they are needed.
+
+    Row r of step s reads the document s * rows + r, in a length that the curriculum chooses for the
+    step. So seed and evaluations decide everything, and resuming repeats an uninterrupted run: on a
+    CPU bit for bit.
+
+    Args:
+        memory_model: The model; it is trained in place.
+        train: Documents to learn from.
+        validation: Documents with held-out facts.
+        run: How to train.
+        arguments: What `training_arguments` made of it; names the directory of the run.
+        identity: What the run depends on, for checkpoints.
+        on_event: Called in the main process for each log line, evaluation and checkpoint.
+    """
+
+    lr_scheduler: LambdaLR | None
+
+    def __init__(
+        self,
+        memory_model: RecurrentMemory,
+        train: Task,
+        validation: Task,
+        run: TaskRunConfig,
+        arguments: TrainingArguments,
+        *,
+        identity: dict[str, Any],
+        on_event: Callable[[TrainEvent], None] | None = None,
+    ) -> None:
+        config = run.training.resolve(run.curriculum)
+        num_rows = config.rows_per_device * config.accumulation_steps * arguments.world_size
+        super().__init__(
+            memory_model,
+            _Indices(config.max_steps * num_rows),
+            config,
+            arguments,
+            collate=_index_batch,
+            evaluates=True,
+            on_event=on_event,
+        )
+        self.memory_model = memory_model
+        self.task, self.validation, self.run = train, validation, run
+        self.curriculum = Curriculum(config=run.curriculum)
+        """How far the run has come."""
+        self._identity = identity
+        self._num_rows = num_rows
+        self.add_callback(_LastStep(self))
+
+    def identity(self) -> dict[str, Any]:
+        """Return what the run depends on, as checkpoints keep it."""
+        return self._identity
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Float[Tensor, ""]:
+        """Make the documents of a micro-batch and read them.
+
+        They are made here and not by the data loader, which is ahead of the curriculum.
+
+        Args:
+            model: The model, perhaps wrapped.
+            inputs: Indices of the documents.
+            return_outputs: Must be `False`.
+            num_items_in_batch: Not used: all micro-batches have the same number of documents.
+
+        Returns:
+            Mean loss of the documents.
+        """
+        assert not return_outputs
+        seed, step = self.run.training.seed, self.state.global_step
+        num_segments = self.curriculum.num_segments(seed, step)
+        samples = [self.task.sample(index, num_segments) for index in inputs["index"].tolist()]
+        batch = {name: part.to(self.args.device) for name, part in collate(samples).items()}
+        loss: Tensor = model(**batch).loss
+        count = torch.tensor(len(samples), device=self.args.device)
+        self._meter.add(loss * count, count, batch["attention_mask"].sum())
+        return loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Build AdamW; biases, norms, embeddings and memory tokens do not decay.
+
+        Args:
+            model: Not used: the model is not sharded.
+
+        Returns:
+            The optimizer.
+        """
+        if self.optimizer is None:
+            config = self.training_config
+            self.optimizer = torch.optim.AdamW(
+                _parameter_groups(self.memory_model, config.weight_decay),
+                lr=config.learning_rate,
+                betas=config.betas,
+                fused=True if self.args.device.type == "cuda" else None,
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """Let the curriculum decide the rate.
+
+        Args:
+            num_training_steps: Not used: the run may end earlier.
+            optimizer: The optimizer; `None` for the Trainer's own.
+
+        Returns:
+            The schedule.
+        """
+        optimizer = optimizer or self.optimizer
+        if self.lr_scheduler is None:
+            assert optimizer is not None
+            training = self.run.training
+
+            def share(step: int) -> float:
+                return self.curriculum.rate_share(step, training.schedule, training.warmup_steps)
+
+            self.lr_scheduler = LambdaLR(optimizer, share)
+        return self.lr_scheduler
+
+    def evaluate(self, **_: Any) -> dict[str, float | int]:
+        """Measure the accuracy of the stage on held-out facts, and move the curriculum.
+
+        Each process reads its part of the documents.
+
+        Returns:
+            Metrics, their names preceded by `evaluation/`.
+        """
+        samples, num_segments = self.run.curriculum.evaluate_samples, self.curriculum.stage
+        mine = range(self.args.process_index, samples, self.args.world_size)
+        with self._undisturbed(self.memory_model):
+            right = count_right(
+                self.memory_model,
+                self.validation,
+                num_segments,
+                mine,
+                rows=self.run.evaluation.rows,
+            )
+        total = self._add_up(torch.tensor(float(right), device=self.args.device)).item()
+        accuracy = total / samples
+        self.curriculum = self.curriculum.record(self.state.global_step, accuracy)
+        logs: dict[str, float | int] = {
+            "evaluation/num_segments": num_segments,
+            "evaluation/accuracy": accuracy,
+            "evaluation/stages_reached": len(self.curriculum.reached),
+        }
+        self._write("evaluation", logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        if self._is_done(self.state.global_step):
+            self.control.should_save = self.control.should_training_stop = True
+        return logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Replace the Trainer's numbers by exact ones, and write them everywhere.
+
+        Args:
+            logs: What the Trainer would log.
+            start_time: Not used.
+        """
+        # the summary at the end covers this session only, so it would differ after a resume
+        if "train_runtime" in logs:
+            return
+        metrics = self._meter.take(self._add_up)
+        metrics |= {"learning_rate": logs["learning_rate"], "gradient_norm": logs["grad_norm"]}
+        self._write("log", metrics | {"stage": self.curriculum.stage})
+
+    def _begin(self) -> None:
+        self.curriculum = Curriculum(config=self.run.curriculum)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        saved = json.loads((checkpoint.path / CURRICULUM).read_text(encoding="utf-8"))
+        self.curriculum = Curriculum.from_list(self.run.curriculum, saved["evaluations"])
+        _, sums = load_memory(checkpoint.path, [], self.args.process_index)
+        self._meter.load_state(sums)
+
+    def _catch_up(self, checkpoint: Checkpoint) -> None:
+        # evaluations come before the checkpoint of their step, so none is owed
+        if self._is_done(checkpoint.step):
+            self.state.global_step = checkpoint.step
+            self._load_from_checkpoint(str(checkpoint.path))
+
+    def _is_done(self, step: int) -> bool:
+        return self.curriculum.outcome(step) != "running"
+
+    def _save_parts(self, path: Path) -> None:
+        save_memory(path, [], self._meter.state(), self.args.process_index)
+        if self.is_world_process_zero():
+            text = json.dumps({"evaluations": self.curriculum.to_list()}, indent=1)
+            (path / CURRICULUM).write_text(text, encoding="utf-8")
+
+    def _positions(self) -> Any:
+        first = (self.state.global_step - 1) * self._num_rows
+        return list(range(first, first + self._num_rows))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            weights = dict(self.memory_model.named_parameters())
+            save_directory(Path(output_dir or self.out_dir) / MODEL, weights, {})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        weights, _ = load_directory(Path(resume_from_checkpoint) / MODEL)
+        with torch.no_grad():
+            for name, parameter in self.memory_model.named_parameters():
+                parameter.copy_(weights[name])
+
+
+class _LastStep(TrainerCallback):  # type: ignore[misc]
+    """Keeps the Trainer's last step at the curriculum's: there the run logs, saves and stops."""
+
+    def __init__(self, trainer: TaskTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        state.max_steps = self._trainer.curriculum.last_step
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        state.max_steps = self._trainer.curriculum.last_step
+
+
+class _Indices(Dataset[dict[str, int]]):
+    """The numbers of the documents of a run."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {"index": index}
+
+
+def _index_batch(items: list[dict[str, int]]) -> dict[str, Tensor]:
+    return {"index": torch.tensor([item["index"] for item in items])}
+
+
+def _parameter_groups(model: RecurrentMemory, weight_decay: float) -> list[dict[str, Any]]:
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    embeddings.add(id(model.memory.memory))
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
+            (decayed if is_matrix else others).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]

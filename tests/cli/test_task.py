@@ -1,0 +1,191 @@
+"""Tasks from the outside: train, evaluate and reproduce with recurrent memory."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from byheart.cli.main import main
+
+RUN = [
+    "--set=window=29", "--set=encoder.num_layers=1", "--set=encoder.embed_dim=14",
+    "--set=encoder.num_heads=2", "--set=encoder.hidden_dim=11", "--set=encoder.vocab_size=1100",
+    "--set=memory.num_memory_tokens=3", "--set=curriculum.max_segments=2",
+    "--set=curriculum.evaluate_every=3", "--set=curriculum.evaluate_samples=40",
+    "--set=curriculum.stage_steps=6", "--set=curriculum.continue_steps=2",
+    "--set=training.rows_per_device=3", "--set=training.save_every=2",
+    "--set=training.log_every=2", "--set=evaluation.segments=[1, 3]",
+    "--set=evaluation.samples=6",
+]  # fmt: skip
+EASY = "--set=curriculum.advance_accuracy=0.05"
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stories")
+    for name, text in (
+        ("train", "The boat waited near a bridge. Nobody came. "),
+        ("validation", "A fox ran along the street. It was late. "),
+    ):
+        (folder / f"{name}.txt").write_text(text * 20, encoding="utf-8")
+    return [
+        f"--set=task.background={folder / 'train.txt'}",
+        f"--set=task.validation_background={folder / 'validation.txt'}",
+    ]
+
+
+def byheart(monkeypatch, capsys, *arguments):
+    """Run the command in this process; give exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["byheart", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "200")
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    out, err = capsys.readouterr()
+    return code, out, " ".join(err.replace("│", " ").split())
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    return lambda *arguments: byheart(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture(scope="module")
+def run_dir(stories, tmp_path_factory):
+    """One run for all tests; not to be changed."""
+    directory = tmp_path_factory.mktemp("runs") / "mine"
+    arguments = ["train", "rmt-memorize", "--out", directory, *RUN, EASY, *stories]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["byheart", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert not stop.value.code
+    return directory
+
+
+def test_a_task_is_learned_and_its_table_printed(command, run_dir, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    code, out, err = command("train", copy / "config.json", "--out", copy, "--resume")
+    assert code == 0, err
+    assert "Accuracy of memorize (clean form) by number of segments (6 documents" in out
+    assert out.count("\n| ") == 4
+    assert "All 2 stages were reached with an accuracy of 5.0%" in err
+    assert f"byheart evaluate-task {copy}" in err
+
+
+def test_a_result_can_be_json(command, run_dir, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    code, out, err = command("train", copy / "config.json", "--out", copy, "--resume", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["outcome"], result["run_dir"]) == ("reached", str(copy))
+    assert [m["num_segments"] for m in result["evaluation"]["measurements"]] == [1, 3]
+
+
+def test_a_curriculum_that_fails_is_a_failure_with_a_remedy(command, stories, tmp_path):
+    code, out, err = command("train", "rmt-reason", "--out", tmp_path / "run", *RUN, *stories)
+    assert code == 1
+    assert "reason (clean form)" in out
+    assert "The stage of 1 of 2 segments was not reached: after 6 steps" in err
+    assert "Raise curriculum.stage_steps" in err
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_evaluate_task_measures_several_runs(command, run_dir, tmp_path):
+    arguments = ("--segments", "1,2,16", "--samples", 5, "--out", tmp_path)
+    code, out, err = command("evaluate-task", run_dir, run_dir, *arguments)
+    assert code == 0, err
+    assert "2 runs" in out
+    result = json.loads((tmp_path / "segments.json").read_text())
+    assert result["segments"] == [1, 2, 16]
+    assert result["accuracy_deviation"] == [0, 0, 0]
+    assert [run["measurements"][2]["num_tokens"] for run in result["runs"]] == [5 * 16 * 23] * 2
+    assert (tmp_path / "segments.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "segments.md").read_text().startswith("**Accuracy of memorize")
+
+
+def test_evaluate_task_json_is_the_only_thing_on_standard_output(command, run_dir, tmp_path):
+    code, out, err = command(
+        "evaluate-task", run_dir, "--segments", "4", "--samples", 3, "--out", tmp_path,
+        "--no-plot", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["accuracy_deviation"] is None
+
+
+@pytest.mark.parametrize("segments", ["0,1", "one", "1,,2"])
+def test_lengths_that_are_none_are_wrong_usage(command, run_dir, segments):
+    code, _, err = command("evaluate-task", run_dir, "--segments", segments)
+    assert code == 2
+    assert "must be" in err
+
+
+def test_a_directory_without_a_finished_run_is_one_clear_line(command, tmp_path):
+    code, _, err = command("evaluate-task", tmp_path)
+    assert code == 1
+    assert "must hold a finished run" in err
+
+
+def test_reproduce_trains_once_and_compares_with_the_report(command, stories, tmp_path):
+    arguments = (
+        "reproduce", "memorize", "--quick", "--out", tmp_path, "--seeds", 2, "--segments", "2,3",
+        "--samples", 4, *RUN, EASY, *stories,
+    )  # fmt: skip
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    assert "| report |" in out
+    assert "2 runs" in out
+    result = json.loads((tmp_path / "memorize.json").read_text())
+    assert result["report"]["4096"] == 0.9056
+    assert all("All 2 stages were reached" in outcome for outcome in result["outcomes"])
+    assert (tmp_path / "memorize.png").read_bytes().startswith(b"\x89PNG")
+    attention = json.loads((tmp_path / "attention.json").read_text())
+    assert set(attention["heads"]) == {"write", "keep", "read"}
+    assert [len(labels) for labels in attention["labels"]] == [29] * 4
+    assert (tmp_path / "attention-keep.png").read_bytes().startswith(b"\x89PNG")
+    weights = (tmp_path / "seed-1" / "model" / "recurrent_memory.safetensors").read_bytes()
+    code, again, err = command(*arguments)
+    assert code == 0, err
+    assert "Going on with" in err
+    assert again == out
+    assert (tmp_path / "seed-1" / "model" / "recurrent_memory.safetensors").read_bytes() == weights
+
+
+def test_quick_changes_the_recipe_before_the_user_does(command, tmp_path):
+    code, _, err = command("reproduce", "reason", "--quick", "--set", "window=5")
+    assert code == 2
+    assert "window must be at least 14" in err
+
+
+def test_task_recipes_are_listed_and_shown(command):
+    code, out, _ = command("train", "--list")
+    assert code == 0
+    assert "rmt-capacity" in out
+    code, out, _ = command("train", "rmt-detect", "--set", "task.form=report", "--show")
+    assert json.loads(out)["task"]["form"] == "report"
+
+
+@pytest.mark.parametrize("option", ["--data", "--validation", "--suffix"])
+def test_options_for_documents_are_refused_for_tasks(command, tmp_path, option):
+    code, _, err = command("train", "rmt-detect", option, tmp_path, "--show")
+    assert code == 2
+    assert "--set task.background=FILE" in err
+
+
+def test_a_wrong_setting_is_wrong_usage(command):
+    code, _, err = command("train", "rmt-detect", "--set", "curriculum.stages=3", "--show")
+    assert code == 2
+    assert "curriculum.stages is not a known setting" in err
+
+
+def test_a_task_recipe_can_be_a_function_in_a_file(command, tmp_path):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("from byheart.recipes.tasks import rmt_detect\n")
+    code, out, err = command("train", f"{recipe}:rmt_detect", "--show")
+    assert code == 0, err
+    assert json.loads(out)["name"] == "rmt-detect"

@@ -1,0 +1,160 @@
+"""Attention of memory: the model's own weights, in the order of the recurrence."""
+
+import json
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from byheart.adapters.attention_maps import segment_attention
+from byheart.adapters.recurrent import RecurrentMemory
+from byheart.data.tasks import Task, TaskConfig, train_task_tokenizer
+from byheart.evaluation.memory_attention import (
+    Head,
+    MemoryAttention,
+    SegmentMap,
+    memory_attention,
+    plot_memory_attention,
+)
+from byheart.models.recurrent_config import RecurrentMemoryConfig
+
+LENGTH, MEMORY, LAYERS, HEADS = 23, 5, 3, 2
+WINDOW = LENGTH + MEMORY + 3
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Task:
+    path = tmp_path_factory.mktemp("stories") / "stories.txt"
+    path.write_text("The boat waited near a bridge. Nobody came, and the river was quiet. " * 30)
+    config = TaskConfig(name="reason", segment_length=LENGTH, background=str(path))
+    return Task(config, train_task_tokenizer(config, 900), split="train")
+
+
+@pytest.fixture
+def model(task) -> RecurrentMemory:
+    size = task.tokenizer.vocab_size
+    bert = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=size + 2, hidden_size=14, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, intermediate_size=11, max_position_embeddings=WINDOW,
+        )
+    )  # fmt: skip
+    config = RecurrentMemoryConfig(
+        segment_length=LENGTH, num_memory_tokens=MEMORY, start_ids=(size,),
+        separator_ids=(size + 1,), end_ids=(size + 1,),
+    )  # fmt: skip
+    model = RecurrentMemory(bert, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.5)
+    return model
+
+
+def test_first_segment_shows_the_attention_of_the_model_itself(task, model):
+    sample = task.sample(0, 3)
+    tokens = torch.from_numpy(sample.tokens(0, LENGTH)).long()
+    size = task.tokenizer.vocab_size
+    embed = model.model.get_input_embeddings()
+    special = embed(torch.tensor([size, size + 1]))
+    window = torch.cat([special[:1], model.memory.memory, special[1:], embed(tokens), special[1:]])
+    model.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model.model.bert(inputs_embeds=window[None], output_attentions=True).attentions
+    first = memory_attention(model, sample).segments[0]
+    for layer, weights in enumerate(expected):
+        torch.testing.assert_close(first.weights[layer], weights[0, :, : MEMORY + 2])
+
+
+def test_every_query_spreads_an_attention_of_one(task, model):
+    attention = memory_attention(model, task.sample(1, 4))
+    assert len(attention.segments) == 4
+    for segment in attention.segments:
+        assert segment.weights.shape == (LAYERS, HEADS, MEMORY + 2, WINDOW)
+        torch.testing.assert_close(
+            segment.weights.sum(dim=-1), torch.ones(LAYERS, HEADS, MEMORY + 2)
+        )
+
+
+def test_later_segments_read_what_earlier_ones_have_written(task, model):
+    ids = torch.from_numpy(task.sample(2, 3).tokens(0, 3 * LENGTH)).long()
+    changed = ids.clone()
+    changed[4] = (changed[4] + 1) % 200
+    before, after = segment_attention(model, ids), segment_attention(model, changed)
+    assert not torch.equal(before[2], after[2])
+    changed = ids.clone()
+    changed[-1] = (changed[-1] + 1) % 200
+    after = segment_attention(model, changed)
+    assert torch.equal(before[1], after[1])
+
+
+def test_labels_and_marks_stand_where_the_tokens_are(task, model):
+    sample = task.sample(3, 4)
+    segments = memory_attention(model, sample).segments
+    for index, segment in enumerate(segments):
+        assert segment.query_labels == ("[start 0]", *(f"[mem {i}]" for i in range(5)), "[sep 0]")
+        assert segment.key_labels[:7] == segment.query_labels
+        assert segment.key_labels[-1] == "[end 0]"
+        assert segment.is_memory.nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
+        words = "".join(segment.key_labels[7:-1])
+        tokens = sample.tokens(index * LENGTH, (index + 1) * LENGTH)
+        assert words == "".join(task.tokenizer.decode([token]) for token in tokens.tolist())
+    marked = [
+        label
+        for segment in segments
+        for label, is_fact in zip(segment.key_labels, segment.is_fact, strict=True)
+        if is_fact
+    ]
+    facts = sorted(sample.facts, key=lambda fact: fact[0])
+    assert "".join(marked) == "".join(task.tokenizer.decode(fact) for _, fact in facts)
+
+
+def test_looking_changes_nothing(task, model):
+    model.train()
+    before = model.model.config._attn_implementation
+    state = torch.get_rng_state()
+    memory_attention(model, task.sample(0, 2))
+    assert model.training
+    assert model.model.config._attn_implementation == before != "eager"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def worked_example() -> MemoryAttention:
+    """Two segments, one layer of two heads, one memory token; windows [start mem sep fact end]."""
+    writes = [[0, 1, 0, 0, 0], [0.1, 0.1, 0, 0.8, 0], [1, 0, 0, 0, 0]]
+    keeps = [[0.5, 0.5, 0, 0, 0], [0, 0.9, 0, 0.1, 0], [1, 0, 0, 0, 0]]
+    segment = SegmentMap(
+        weights=torch.tensor([[writes, keeps]]),
+        query_labels=("[start 0]", "[mem 0]", "[sep 0]"),
+        key_labels=("[start 0]", "[mem 0]", "[sep 0]", " Mary", "[end 0]"),
+        is_memory=torch.tensor([False, True, False, False, False]),
+        is_fact=torch.tensor([False, False, False, True, False]),
+    )
+    return MemoryAttention(segments=(segment, segment))
+
+
+def test_what_heads_do_by_hand():
+    attention = worked_example()
+    torch.testing.assert_close(attention.written(), torch.tensor([[0.8, 0.1]]))
+    torch.testing.assert_close(attention.kept(), torch.tensor([[0.1, 0.9]]))
+    torch.testing.assert_close(attention.read(), torch.tensor([[1.0, 0.5]]))
+    assert attention.telling_heads() == {
+        "write": Head(0, 0), "keep": Head(0, 1), "read": Head(0, 0)
+    }  # fmt: skip
+
+
+def test_result_is_json_and_a_figure(tmp_path):
+    attention = worked_example()
+    content = json.loads(json.dumps(attention.to_dict()))
+    assert content["heads"]["keep"]["head"] == 1
+    assert content["labels"][0][3] == " Mary"
+    path = plot_memory_attention(attention, Head(0, 1), tmp_path / "map.png", title="keep")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_and_documents_without_such_attention_are_refused(model):
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=31, n_embd=12, n_layer=1, n_head=2))
+    decoder = RecurrentMemory(gpt2, RecurrentMemoryConfig(segment_length=7, num_memory_tokens=2))
+    with pytest.raises(ValueError, match=r"need an encoder .*, got a model of kind 'decoder'"):
+        segment_attention(decoder, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="input_ids must hold at least one token"):
+        segment_attention(model, torch.zeros(0, dtype=torch.long))

@@ -1,0 +1,55 @@
+"""Configs of runs that learn a task: what fits together, and what is refused."""
+
+import pytest
+from task_setup import task_run
+
+from byheart.config import apply_overrides, from_dict, to_dict
+from byheart.training.task_config import TaskPart, TaskRunConfig
+
+
+def test_a_segment_is_what_memory_and_special_tokens_leave_of_the_window():
+    run = TaskRunConfig(name="run", task=TaskPart(name="memorize"))
+    assert (run.window, run.segment_length) == (64, 51)
+    # the report's BERT
+    run = apply_overrides(run, ["window=512", "encoder=null", "pretrained=folder"])
+    assert run.segment_length == 499
+
+
+def test_a_config_survives_json():
+    run = task_run(task=TaskPart(name="reason", form="report"), training={"schedule": "cosine"})
+    assert from_dict(TaskRunConfig, to_dict(run)) == run
+
+
+def test_the_report_aligns_to_the_right_and_clean_documents_can_be_streamed():
+    memory = task_run().memory
+    assert memory.resolve(9, "report").alignment == "right"
+    assert memory.resolve(9, "clean").alignment == "left"
+
+
+def test_special_tokens_stand_where_the_report_has_them():
+    config = task_run().memory.resolve(9, "clean", start_ids=(5,), separator_ids=(6,))
+    assert (config.start_ids, config.separator_ids, config.end_ids) == ((5,), (6,), (6,))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["encoder=null"], "Either encoder or pretrained must be given, got none"),
+        (["pretrained=folder"], "Either encoder or pretrained must be given, got both"),
+        (["window=6"], "window must be at least 7: 3 memory tokens, 3 special tokens"),
+        (["encoder.num_heads=3"], r"encoder: embed_dim must be a multiple of num_heads \(3\)"),
+        (["encoder.dropout=1"], "dropout must be at least 0 and below 1"),
+        (["encoder.vocab_size=10"], "vocab_size must be at least 257"),
+        (["memory.bptt_depth=0"], "memory: bptt_depth must be at least 1"),
+        (["memory.gate_bias_init=-1"], "gate_bias_init has no effect with update='replace'"),
+        (["task.num_facts=2"], "task: num_facts must be 1 for name='memorize'"),
+        (["task.background=null"], "background and validation_background must be given together"),
+        (["training.keep_checkpoints=1"], "training: keep_checkpoints must be at least 2"),
+        (["training.seed=-1"], "training: seed must be at least 0"),
+        (["evaluation.segments=[]"], "segments must name at least one length"),
+        (["evaluation.segments=[0]"], "evaluation: segments must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        apply_overrides(task_run(), settings)

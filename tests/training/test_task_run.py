@@ -1,0 +1,243 @@
+"""Runs that learn a task: what they leave, how they are resumed, and how they end."""
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from task_setup import numbers_of, task_part, task_run
+from training_setup import metrics_of
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from byheart.config import load_config
+from byheart.data.tasks import collate
+from byheart.data.tasks.facts import people_sentences
+from byheart.errors import CheckpointError
+from byheart.evaluation.segments import evaluate_by_segments
+from byheart.models.fingerprint import model_fingerprint
+from byheart.training.checkpoint import find_checkpoint
+from byheart.training.stop import TrainingInterruptedError
+from byheart.training.task_config import TaskRunConfig
+from byheart.training.task_model import make_memory_model, make_task, make_tokenizer
+from byheart.training.task_run import load_task_run, train_task
+from byheart.training.task_trainer import TaskTrainer
+
+RUN = task_run()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that was never interrupted; not to be changed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train_task(task_run(training={"keep_checkpoints": 9}), out)
+    return out
+
+
+def weights_of(out: Path) -> str:
+    return model_fingerprint(load_task_run(out).memory_model)
+
+
+def steps_of(out: Path) -> list[int]:
+    return sorted(int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*"))
+
+
+def test_a_run_leaves_config_log_stages_and_model(whole):
+    assert load_config(TaskRunConfig, whole / "config.json").task == RUN.task
+    result = json.loads((whole / "result.json").read_text())
+    assert result["outcome"] == "reached"
+    assert [stage["num_segments"] for stage in result["stages"]] == [1, 2, 3]
+    assert result["steps"] == result["stages"][-1]["step"] + RUN.curriculum.continue_steps
+    assert [m["num_segments"] for m in result["evaluation"]["measurements"]] == [1, 2, 5]
+    evaluations = [line for line in metrics_of(whole) if "evaluation/accuracy" in line]
+    assert [line["evaluation/num_segments"] for line in evaluations][-1] == 3
+
+
+@pytest.mark.parametrize("later", [0, 1, 2, 4])
+def test_a_run_resumed_at_any_checkpoint_equals_the_uninterrupted_one(whole, tmp_path, later):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    steps = steps_of(out)
+    # checkpoints lie before, at and behind the steps in which stages begin
+    for step in steps[later:]:
+        shutil.rmtree(out / f"checkpoint-{step}")
+    if later == 0:
+        train_task(RUN, out, overwrite=True)
+    else:
+        result = train_task(task_run(training={"keep_checkpoints": 9}), out, resume=True)
+        assert result.resumed_from == steps[later - 1]
+        optimizers = [
+            torch.load(path / f"checkpoint-{steps[-1]}" / "optimizer.pt", weights_only=True)
+            for path in (whole, out)
+        ]
+        for index, moments in optimizers[0]["state"].items():
+            for name, tensor in moments.items():
+                torch.testing.assert_close(
+                    optimizers[1]["state"][index][name], tensor, atol=0, rtol=0
+                )
+    assert metrics_of(out) == metrics_of(whole)
+    assert numbers_of(out) == numbers_of(whole)
+    assert weights_of(out) == weights_of(whole)
+
+
+def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(whole, tmp_path):
+    def stop(event):
+        if event.kind == "log" and event.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(TrainingInterruptedError, match="stopped by SIGTERM after step 6"):
+        train_task(RUN, tmp_path, on_event=stop)
+    train_task(RUN, tmp_path, resume=True)
+    assert metrics_of(tmp_path) == metrics_of(whole)
+    assert weights_of(tmp_path) == weights_of(whole)
+
+
+def test_without_its_curriculum_the_resumed_run_would_be_another(whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / f"checkpoint-{steps_of(out)[-1]}")
+    restore = TaskTrainer._restore
+
+    def forget(trainer, checkpoint):
+        restore(trainer, checkpoint)
+        trainer._begin()
+
+    monkeypatch.setattr(TaskTrainer, "_restore", forget)
+    # begun again at this step, the stages do not end in the steps that there are
+    with contextlib.suppress(TrainingInterruptedError):
+        train_task(RUN, out, resume=True)
+    assert metrics_of(out) != metrics_of(whole)
+
+
+def test_a_finished_run_resumed_only_evaluates_again(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "result.json").unlink()
+    shutil.rmtree(out / "model")
+    train_task(replace(RUN, evaluation=replace(RUN.evaluation, segments=(4,))), out, resume=True)
+    assert weights_of(out) == weights_of(whole)
+    (measurement,) = numbers_of(out)["evaluation"]["measurements"]
+    assert measurement["num_segments"] == 4
+
+
+def test_a_stage_that_is_not_reached_is_said_and_can_be_given_more_time(tmp_path):
+    impossible = {"advance_accuracy": 1.0}
+    result = train_task(task_run(curriculum=impossible), tmp_path)
+    assert (result.outcome, result.steps) == ("not reached", 8)
+    assert "The stage of 1 of 3 segments was not reached: after 8 steps" in result.summary
+    longer = task_run(curriculum=impossible | {"stage_steps": 12})
+    assert train_task(longer, tmp_path, resume=True).steps == 12
+    assert train_task(longer, tmp_path / "whole").steps == 12
+    assert metrics_of(tmp_path) == metrics_of(tmp_path / "whole")
+
+
+def test_facts_that_do_not_fit_into_the_first_documents_are_refused(tmp_path):
+    many = task_part(name="capacity", num_facts=9)
+    with pytest.raises(
+        ValueError, match=r"curriculum.min_segments must be at least the \d that hold"
+    ):
+        train_task(task_run(task=many), tmp_path)
+    longer = {"min_segments": 5, "max_segments": 6}
+    with pytest.raises(ValueError, match=r"evaluation.segments must be at least the \d that hold"):
+        train_task(task_run(task=many, curriculum=longer), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_run_is_refused(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    with pytest.raises(CheckpointError, match=r"memory.noise 0.1, this run has 0.0"):
+        train_task(task_run(memory={"noise": 0.0}), out, resume=True)
+    with pytest.raises(ValueError, match=r"curriculum.stage_steps must be at least the 8 .* got 4"):
+        train_task(task_run(curriculum={"stage_steps": 4}), out, resume=True)
+    with pytest.raises(ValueError, match="must not hold a run already"):
+        train_task(RUN, out)
+
+
+def test_the_model_that_was_saved_is_the_one_that_was_measured(whole):
+    trained = load_task_run(whole)
+    again = evaluate_by_segments(
+        trained.memory_model, trained.task, segments=(1, 2, 5), samples=7, rows=3
+    )
+    saved = numbers_of(whole)["evaluation"]["measurements"]
+    assert [m.num_right for m in again.measurements] == [m["num_right"] for m in saved]
+
+
+def test_what_is_saved_is_what_the_last_checkpoint_holds(whole):
+    tensors = safetensors.torch.load_file(
+        find_checkpoint(whole).path / "model" / "tensors.safetensors"
+    )
+    for name, parameter in load_task_run(whole).memory_model.named_parameters():
+        torch.testing.assert_close(parameter.data, tensors[name], atol=0, rtol=0)
+
+
+@pytest.fixture
+def pretrained(tmp_path) -> Path:
+    """A BERT in half precision with the usual WordPiece tokenizer, as a folder."""
+    folder = tmp_path / "bert"
+    words = re.findall(
+        r"\w+|[.?,]", " ".join(people_sentences()[0] + people_sentences()[1]).lower()
+    )
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(words), *letters]
+    vocab = list(dict.fromkeys([*vocab, *(f"##{letter}" for letter in letters)]))
+    tokenizer = BertTokenizerFast(vocab={word: index for index, word in enumerate(vocab)})
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocab), hidden_size=14, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=11, max_position_embeddings=40,
+    )  # fmt: skip
+    BertModel(config).to(torch.float16).save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_encoder_learns_with_its_own_tokenizer(pretrained, tmp_path):
+    run = task_run(encoder=None, pretrained=str(pretrained), window=40)
+    result = train_task(run, tmp_path / "run")
+    assert result.steps > 0
+    trained = load_task_run(tmp_path / "run")
+    config = trained.memory_model.memory_config
+    assert (config.start_ids, config.separator_ids, config.end_ids) == ((2,), (3,), (3,))
+    assert {p.dtype for p in trained.memory_model.parameters()} == {torch.float32}
+    # the run keeps its tokenizer, so that it can be measured without the folder
+    assert "where is" in trained.task.sample(0, 1).text()
+
+
+def test_a_window_beyond_the_encoder_is_refused(pretrained, tmp_path):
+    run = task_run(encoder=None, pretrained=str(pretrained), window=41)
+    with pytest.raises(ValueError, match="must fit into the window of 40 positions, got 41"):
+        train_task(run, tmp_path / "run")
+
+
+def test_held_out_facts_are_never_trained_on_and_the_last_evaluation_has_other_documents():
+    tokenizer = make_tokenizer(RUN).tokenizer
+    train = make_task(RUN, tokenizer, is_training=True)
+    stages = make_task(RUN, tokenizer, is_training=False)
+    final = make_task(RUN, tokenizer, is_training=False, seed=1)
+    seen = {train.sample(i, 1).facts[0][1].tobytes() for i in range(300)}
+    held_out = {stages.sample(i, 1).facts[0][1].tobytes() for i in range(300)}
+    assert not seen & held_out
+    assert stages.sample(0, 2).text() != final.sample(0, 2).text()
+
+
+@pytest.mark.parametrize(
+    "task", [task_part(name="reason"), task_part(name="detect", form="report")]
+)
+def test_every_token_of_the_documents_can_learn(task):
+    run = task_run(task=task, memory={"update": "gated"}, window=40)
+    tokenizer = make_tokenizer(run)
+    documents = make_task(run, tokenizer.tokenizer, is_training=True)
+    model = make_memory_model(run, tokenizer, documents.num_labels).train()
+    batch = collate([documents.sample(index, 3) for index in range(4)])
+    model(**batch).loss.backward()
+    gradient = model.model.get_input_embeddings().weight.grad
+    used = torch.unique(batch["input_ids"][batch["attention_mask"].bool()])
+    assert (gradient[used].abs().sum(dim=1) > 0).all()
+    for special in (tokenizer.start_id, tokenizer.separator_id):
+        assert gradient[special].abs().sum() > 0
+    assert all(parameter.grad is not None for parameter in model.memory.parameters())
