@@ -180,6 +180,7 @@ def test_encode_needs_an_encoder(decoder):
         ({"num_return_sequences": 2}, "num_return_sequences cannot be honoured"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"attention_mask": torch.zeros(1, 3)}, "must have at least one token to continue"),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, "row 0 has holes"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(decoder, options, message):

@@ -80,7 +80,7 @@ def gradients(core, model, segments, *, seed=None):
     core.zero_grad(), model.zero_grad()
     if seed is not None:
         torch.manual_seed(seed)
-    outputs, memory = core.unroll(model, segments, first_memory(core))
+    outputs, memory, _ = core.unroll(model, segments, first_memory(core))
     total_loss(outputs).backward()
     named = itertools.chain(core.named_parameters(), model.named_parameters())
     grads = {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
@@ -106,7 +106,7 @@ def inside(index, depth):
 @pytest.mark.parametrize("replay", [True, False])
 def test_the_last_loss_reaches_bptt_depth_segments(depth, writes, replay):
     core, model = make_core(bptt_depth=depth, replay=replay), TinyModel(writes=writes)
-    outputs, _ = core.unroll(model, make_segments(6), first_memory(core))
+    outputs = core.unroll(model, make_segments(6), first_memory(core)).outputs
     tokens, memory = reached(core, model, outputs[-1].sum())
     assert tokens == inside(5, depth)
     assert memory == (0 in tokens)
@@ -116,7 +116,7 @@ def test_the_last_loss_reaches_bptt_depth_segments(depth, writes, replay):
 @pytest.mark.parametrize("replay", [True, False])
 def test_each_loss_alone_reaches_bptt_depth_segments(depth, replay):
     core, model = make_core(bptt_depth=depth, replay=replay), TinyModel()
-    outputs, _ = core.unroll(model, make_segments(6, losses=range(6)), first_memory(core))
+    outputs = core.unroll(model, make_segments(6, losses=range(6)), first_memory(core)).outputs
     for index, out in enumerate(outputs):
         tokens, memory = reached(core, model, out.sum())
         assert tokens == inside(index, depth)
@@ -137,9 +137,9 @@ def unroll_and_detach_by_hand(core, model, segments, depth):
             window = build_window(
                 core.config, model.embedding, memory, other.input_ids, None, writes=True
             )
-            hidden, output = model(window, "loss")
-            memory = hidden[:, -MEMORY:]
-        outputs.append(output)
+            encoded = model(window, "loss")
+            memory = encoded.hidden[:, -MEMORY:]
+        outputs.append(encoded.output)
     return outputs
 
 
@@ -170,9 +170,9 @@ def test_truncation_changes_no_output_and_no_memory(losses):
     for depth in (1, 2, 4):
         other = make_core(bptt_depth=depth)
         other.load_state_dict(core.state_dict())
-        outputs, memory = other.unroll(model, segments, first_memory(other))
-        close(memory, full[1])
-        for mine, theirs in zip(outputs, full[0], strict=True):
+        outputs, memory, _ = other.unroll(model, segments, first_memory(other))
+        close(memory, full.memory)
+        for mine, theirs in zip(outputs, full.outputs, strict=True):
             assert (mine is None) == (theirs is None)
             if mine is not None:
                 close(mine, theirs)
@@ -210,7 +210,7 @@ def test_replay_accumulates_over_batches_like_full_bptt():
         torch.manual_seed(5)
         # both batches are read before the first backward pass
         losses = [
-            total_loss(core.unroll(model, make_segments(count), first_memory(core))[0])
+            total_loss(core.unroll(model, make_segments(count), first_memory(core)).outputs)
             for count in (4, 7)
         ]
         for loss in losses:
@@ -241,7 +241,7 @@ def kept_bytes(core, model, segments):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs, memory = core.unroll(model, segments, first_memory(core))
+        outputs, memory, _ = core.unroll(model, segments, first_memory(core))
     assert memory is not None
     assert outputs[-1] is not None
     return sum(size for size, _ in kept.values())
@@ -264,7 +264,8 @@ def test_a_depth_keeps_what_the_segments_in_reach_need():
 
 @torch.no_grad()
 def test_reading_keeps_nothing():
-    outputs, memory = make_core().unroll(TinyModel(), make_segments(32), torch.zeros(2, 3, WIDTH))
+    core, segments = make_core(), make_segments(32)
+    outputs, memory, _ = core.unroll(TinyModel(), segments, torch.zeros(2, 3, WIDTH))
     assert outputs[:-1] == [None] * 31
     assert not memory.requires_grad
     assert kept_bytes(make_core(), TinyModel(), make_segments(32)) == 0
@@ -297,9 +298,9 @@ def test_rows_that_are_not_named_keep_their_memory():
         request=None,
         has_loss=False,
     )
-    _, after = core.unroll(model, [picked], memory)
+    after = core.unroll(model, [picked], memory).memory
     assert torch.equal(after[:2], memory[:2])
-    alone, _ = core.step(model, some, memory[[2, 2]])
+    alone = core.step(model, some, memory[[2, 2]]).memory
     close(after[2], alone[0])
 
 
@@ -315,7 +316,7 @@ def test_a_short_row_is_its_text_alone():
             request=None,
             has_loss=False,
         )
-        mine, _ = core.step(model, together, memory)
+        mine = core.step(model, together, memory).memory
         for row, length in ((0, 2), (1, 5)):
             alone = Segment(
                 input_ids=together.input_ids[row, None, :length],
@@ -340,7 +341,7 @@ def test_the_gate_keeps_or_replaces(bias, kept):
     gated, plain = make_core(update="gated", gate_bias_init=bias), make_core()
     model, segment = TinyModel(), make_segments(1)[0]
     memory = torch.randn(ROWS, MEMORY, WIDTH)
-    replaced, _ = plain.step(model, segment, memory)
+    replaced = plain.step(model, segment, memory).memory
     close(gated.step(model, segment, memory)[0], memory if kept else replaced)
 
 
@@ -349,7 +350,7 @@ def test_a_normalised_memory_starts_as_large_as_embeddings():
     core = make_core(normalize_memory=True)
     core.norm.weight.data.fill_(0.02)
     core.norm.bias.data.fill_(0.5)
-    memory, _ = core.step(TinyModel(), make_segments(1)[0], first_memory(core))
+    memory, *_ = core.step(TinyModel(), make_segments(1)[0], first_memory(core))
     close(memory.mean(dim=-1), torch.full((ROWS, MEMORY), 0.5))
     close(memory.std(dim=-1, correction=0), torch.full((ROWS, MEMORY), 0.02), atol=1e-4)
 
@@ -358,7 +359,7 @@ def test_noise_is_relative_and_only_for_training():
     core, model, segment = make_core(noise=0.5), TinyModel(), make_segments(1, rows=200)[0]
     memory = first_memory(core, 200)
     core.eval()
-    quiet, _ = core.step(model, segment, memory)
+    quiet = core.step(model, segment, memory).memory
     assert torch.equal(quiet, core.step(model, segment, memory)[0])
     core.train()
     noise = core.step(model, segment, memory)[0] - quiet
@@ -369,7 +370,7 @@ def test_noise_is_relative_and_only_for_training():
 def test_the_memory_stays_float32_under_autocast(settings):
     core, model = make_core(**settings), TinyModel()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs, memory = core.unroll(model, make_segments(3), first_memory(core))
+        outputs, memory, _ = core.unroll(model, make_segments(3), first_memory(core))
     assert memory.dtype == torch.float32
     total_loss(outputs).backward()
     assert all(p.grad.isfinite().all() for p in core.parameters() if p.grad is not None)
@@ -379,7 +380,7 @@ def test_the_memory_stays_float32_under_autocast(settings):
 def test_the_memory_stays_float32_beside_half_weights(settings):
     core, model = make_core(**settings).bfloat16(), TinyModel().bfloat16()
     memory = first_memory(core).float()
-    outputs, memory = core.unroll(model, make_segments(3), memory)
+    outputs, memory, _ = core.unroll(model, make_segments(3), memory)
     assert memory.dtype == torch.float32
     total_loss(outputs).backward()
 
@@ -387,6 +388,6 @@ def test_the_memory_stays_float32_beside_half_weights(settings):
 def test_no_memory_tokens_are_no_memory():
     config = RecurrentMemoryConfig(segment_length=TEXT, num_memory_tokens=0, update="gated")
     core = RecurrentCore(config, WIDTH, mean=torch.zeros(WIDTH), std=torch.ones(WIDTH))
-    outputs, memory = core.unroll(TinyModel(), make_segments(3), torch.zeros(ROWS, 0, WIDTH))
+    outputs, memory, _ = core.unroll(TinyModel(), make_segments(3), torch.zeros(ROWS, 0, WIDTH))
     assert memory.shape == (ROWS, 0, WIDTH)
     assert outputs[-1].shape == (ROWS,)

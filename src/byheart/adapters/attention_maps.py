@@ -59,7 +59,7 @@ def segment_attention(
                 request=None,
                 has_loss=False,
             )
-            memory, _ = core.step(reader, segment, memory)
+            memory = core.step(reader, segment, memory).memory
     return reader.attention
 
 

@@ -1,6 +1,6 @@
-"""What kind of model a Hugging Face model is, and what fits into its window."""
+"""What kind of model a model is, and what fits into its window."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,7 +14,10 @@ from byheart.adapters.window_models import (
     ClassifierWindowModel,
     Seq2SeqWindowModel,
 )
+from byheart.memory.state import MemoryState
+from byheart.models.decoder import Decoder
 from byheart.models.recurrent_config import RecurrentMemoryConfig
+from byheart.models.recurrent_decoder import DecoderReader, require_decoder_fits
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 """How a model reads: causally with a language-model head, in both directions with a head for whole
@@ -24,16 +27,16 @@ texts, or in both directions with a decoder that answers."""
 _SCALED_OUTSIDE = ("blenderbot-small", "falcon_h1", "mvp", "pegasus")
 
 _SUPPORTED = (
-    "a causal language model, an encoder for sequence classification, or an encoder-decoder for "
-    "conditional generation"
+    "a causal language model (of Hugging Face, or a byheart Decoder), an encoder for sequence "
+    "classification, or an encoder-decoder for conditional generation"
 )
 
 
-def model_kind(model: PreTrainedModel) -> Kind:
+def model_kind(model: PreTrainedModel | Decoder) -> Kind:
     """Find out how a model reads.
 
     Args:
-        model: A Hugging Face model with its head.
+        model: A `Decoder`, or a Hugging Face model with its head.
 
     Returns:
         Its kind.
@@ -41,6 +44,8 @@ def model_kind(model: PreTrainedModel) -> Kind:
     Raises:
         ValueError: If it is no model that recurrent memory can be put around.
     """
+    if isinstance(model, Decoder):
+        return "decoder"
     name, family = type(model).__name__, model.config.model_type
     if model.config.is_encoder_decoder and name.endswith("ForConditionalGeneration"):
         return "encoder-decoder"
@@ -58,14 +63,25 @@ def model_kind(model: PreTrainedModel) -> Kind:
     raise ValueError(msg)
 
 
+def input_embedding(model: PreTrainedModel | Decoder) -> Any:
+    """Return the module that turns token ids into vectors."""
+    return model.embedding if isinstance(model, Decoder) else model.get_input_embeddings()
+
+
 def window_model(
-    model: PreTrainedModel,
-) -> CausalWindowModel | ClassifierWindowModel | Seq2SeqWindowModel:
+    model: PreTrainedModel | Decoder, inner: MemoryState | None = None
+) -> CausalWindowModel | ClassifierWindowModel | Seq2SeqWindowModel | DecoderReader:
     """Make a reader of windows of a model.
+
+    Args:
+        model: The model.
+        inner: Its own memory, for a `Decoder` that has one.
 
     Returns:
         The reader, for the model's kind.
     """
+    if isinstance(model, Decoder):
+        return DecoderReader(model, inner)
     kind = model_kind(model)
     if kind == "decoder":
         return CausalWindowModel(model)
@@ -78,7 +94,7 @@ def window_length(config: RecurrentMemoryConfig, kind: Kind) -> int:
     return config.segment_length + config.num_special_tokens + copies * config.num_memory_tokens
 
 
-def require_fits(model: PreTrainedModel, config: RecurrentMemoryConfig) -> None:
+def require_fits(model: PreTrainedModel | Decoder, config: RecurrentMemoryConfig) -> None:
     """Refuse a memory that the model could not use.
 
     Args:
@@ -91,6 +107,22 @@ def require_fits(model: PreTrainedModel, config: RecurrentMemoryConfig) -> None:
             or special tokens stand around a decoder's memory.
     """
     kind = model_kind(model)
+    if kind == "decoder" and config.num_special_tokens:
+        msg = (
+            "start_ids, separator_ids and end_ids must be empty for a decoder, got "
+            f"{config.start_ids}, {config.separator_ids}, {config.end_ids}. Put special tokens "
+            "into the text."
+        )
+        raise ValueError(msg)
+    if isinstance(model, Decoder):
+        require_decoder_fits(model.config, config)
+        return
+    _require_embedding(model)
+    _require_window(model, config, kind)
+    _require_ids(model, config)
+
+
+def _require_embedding(model: PreTrainedModel) -> None:
     reader = window_model(model)
     width = model.get_input_embeddings().weight.shape[1]
     if reader.embed_dim != width:
@@ -108,15 +140,6 @@ def require_fits(model: PreTrainedModel, config: RecurrentMemoryConfig) -> None:
             "the lookup. Use a model without scale_embedding or embedding_multiplier."
         )
         raise ValueError(msg)
-    if kind == "decoder" and config.num_special_tokens:
-        msg = (
-            "start_ids, separator_ids and end_ids must be empty for a decoder, got "
-            f"{config.start_ids}, {config.separator_ids}, {config.end_ids}. Put special tokens "
-            "into the text."
-        )
-        raise ValueError(msg)
-    _require_window(model, config, kind)
-    _require_ids(model, config)
 
 
 def _require_window(model: PreTrainedModel, config: RecurrentMemoryConfig, kind: Kind) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from byheart.adapters.families import Kind
-from byheart.adapters.window_models import AnswerRequest, TextOutput, TextRequest
+from byheart.adapters.window_models import AnswerRequest
 from byheart.models.recurrent_text import RowText, new_columns
 from byheart.models.segmentation import Step
+from byheart.models.text_output import TextOutput, TextRequest
 from byheart.ops.losses import IGNORED
 
 
@@ -127,8 +128,8 @@ class LanguageHead:
             for row, (start, stop) in zip(step.rows, step.spans, strict=True)
         )
         logits = any(
-            self.text.column(row, stop - 1) >= self.first_kept
-            for row, (_, stop) in zip(step.rows, step.spans, strict=True)
+            stop > start and self.text.column(row, stop - 1) >= self.first_kept
+            for row, (start, stop) in zip(step.rows, step.spans, strict=True)
         )
         if not has_loss and not logits:
             return None

@@ -1,8 +1,8 @@
-"""Recurrent memory on any Hugging Face model: `RecurrentMemory`."""
+"""Recurrent memory on a `Decoder` or any Hugging Face model: `RecurrentMemory`."""
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from byheart.adapters.families import model_kind, require_fits, window_model
+from byheart.adapters.families import input_embedding, model_kind, require_fits, window_model
 from byheart.adapters.heads import EncoderHead, Head, make_head
 from byheart.memory.recurrent import NewMemory, RecurrentLayout, RecurrentState
+from byheart.models.decoder import Decoder
 from byheart.models.fingerprint import model_fingerprint
 from byheart.models.recurrent import RecurrentCore, Segment
 from byheart.models.recurrent_config import RecurrentMemoryConfig
+from byheart.models.recurrent_decoder import DecoderReader, inner_layout
 from byheart.models.recurrent_text import RowText, gather_text, new_memory
 from byheart.models.segmentation import Step, plan_steps
 
@@ -38,9 +40,10 @@ class RecurrentOutput(ModelOutput):  # type: ignore[misc]
 
 
 class RecurrentMemory(nn.Module):
-    """A Hugging Face model that passes memory tokens from segment to segment.
+    """A model that passes memory tokens from segment to segment.
 
-    Encoders for sequence classification, causal language models and encoder-decoders:
+    A `Decoder`, alone or with its XL cache and kNN memory; of Hugging Face encoders for sequence
+    classification, causal language models and encoder-decoders:
 
         config = RecurrentMemoryConfig(segment_length=499, start_ids=(101,), separator_ids=(102,),
                                        end_ids=(102,), alignment="right")
@@ -55,11 +58,12 @@ class RecurrentMemory(nn.Module):
         Bulatov, Kuratov, Burtsev 2022 (arXiv:2207.06881) and 2023 (arXiv:2304.11062).
     """
 
-    def __init__(self, model: PreTrainedModel, config: RecurrentMemoryConfig) -> None:
+    def __init__(self, model: PreTrainedModel | Decoder, config: RecurrentMemoryConfig) -> None:
         """Put memory around a model.
 
         Args:
-            model: A Hugging Face model with its head. It is used as it is, and not changed.
+            model: A `Decoder`, or a Hugging Face model with its head. It is used as it is, and not
+                changed.
             config: The memory.
 
         Raises:
@@ -67,10 +71,10 @@ class RecurrentMemory(nn.Module):
         """
         super().__init__()
         require_fits(model, config)
-        self.model = model
+        self.model: Any = model
         self.kind = model_kind(model)
         self.memory_config = config
-        embedding = model.get_input_embeddings()
+        embedding = input_embedding(model)
         device = embedding.weight.device
         with torch.no_grad():
             # not the weights: some embeddings scale what they look up, as Gemma's
@@ -91,6 +95,7 @@ class RecurrentMemory(nn.Module):
             num_memory_tokens=self.memory_config.num_memory_tokens,
             embed_dim=self.memory.memory.shape[1],
             segment_length=self.memory_config.segment_length,
+            inner=inner_layout(self.config) if isinstance(self.model, Decoder) else None,
         )
 
     def new_state(self, batch_size: int) -> RecurrentState:
@@ -221,7 +226,7 @@ class RecurrentMemory(nn.Module):
         Args:
             input_ids: The text, or its next piece.
             options: `attention_mask`, `state`, `max_new_tokens`, and options of Hugging Face's
-                `generate`.
+                `generate`, or for a `Decoder` those named there.
 
         Returns:
             The new tokens, and the state after them.
@@ -245,7 +250,7 @@ class RecurrentMemory(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: PreTrainedModel | None, directory: str | os.PathLike[str]
+        cls, model: PreTrainedModel | Decoder | None, directory: str | os.PathLike[str]
     ) -> "RecurrentMemory":
         """Put saved memory around a model, see `byheart.adapters.recurrent_saving`.
 
@@ -279,14 +284,21 @@ class RecurrentMemory(nn.Module):
         text = gather_text(input_ids, attention_mask, before)
         head = make(text)
         config = self.memory_config
-        steps = plan_steps(text.num_tokens, config.segment_length, config.alignment)
+        steps = plan_steps(
+            text.num_tokens,
+            config.segment_length,
+            config.alignment,
+            every_row=before.inner is not None,
+        )
         segments = [self._segment(step, text, head.request(step)) for step in steps]
-        outputs, memory = self.memory.unroll(
-            window_model(self.model), segments, self.first_memory(before)
+        outputs, memory, reader = self.memory.unroll(
+            window_model(self.model, before.inner), segments, self.first_memory(before)
         )
         entries = new_memory(
             text, before, memory, document_start, keep_unfinished=config.alignment == "left"
         )
+        if isinstance(reader, DecoderReader):
+            entries = replace(entries, inner=reader.state, inner_entries=reader.entries)
         return head.collect(steps, outputs, num_items), entries
 
     def first_memory(self, state: RecurrentState) -> Float[Tensor, "batch memory embed_dim"]:
@@ -328,7 +340,7 @@ class RecurrentMemory(nn.Module):
                 "state.select_rows."
             )
             raise ValueError(msg)
-        vocab_size = self.model.get_input_embeddings().weight.shape[0]
+        vocab_size = len(input_embedding(self.model).weight)
         # on a GPU the embedding itself refuses; asking here would wait for it
         if input_ids.device.type == "cpu" and input_ids.numel():
             low, high = int(input_ids.min()), int(input_ids.max())

@@ -9,9 +9,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.memory.recurrent import RecurrentState
+from byheart.models.decoder import Decoder
+from byheart.models.generate import SamplingConfig, choose
+from byheart.models.recurrent_text import text_extents
 
 # options of `generate` whose effect would stop at the end of a segment
 _WHOLE_TEXT = ("num_beams", "num_return_sequences", "max_length", "min_length", "min_new_tokens")
+_OF_DECODERS = {"sampling", "generator", "eos_token_id", "pad_token_id"}
 
 
 @torch.no_grad()
@@ -28,16 +32,19 @@ def generate(
 
     What is generated is read as any text is: when a segment is full, it is written to the memory,
     and generation goes on in the next one. Within a segment the model's own `generate` runs, with
-    its key-value cache.
+    its key-value cache. A `Decoder` generates token by token, and reads its unfinished segment
+    again for each; with a kNN memory it reads the text segment by segment, too.
 
     Args:
         memory_model: A causal language model or encoder-decoder with recurrent memory.
         input_ids: The text, or its next piece: at least one token per row.
         attention_mask: 1 for text, 0 for padding before or behind it; `None` for no padding.
-        state: What the rows have read; `None` for nothing.
+        state: What the rows have read; `None` for nothing. With a kNN memory it is used up.
         max_new_tokens: Most tokens to generate per row.
         options: Options of Hugging Face's `generate`, such as `do_sample`, `temperature`,
             `eos_token_id`. Beams and several sequences per row are for encoder-decoders alone.
+            For a `Decoder`: `sampling` (a `SamplingConfig`; without it the most likely token is
+            taken), `generator`, `eos_token_id` (one or several) and `pad_token_id`.
 
     Returns:
         The new tokens, without the text; rows that ended early are filled with `pad_token_id`. And
@@ -58,11 +65,19 @@ def generate(
         options = {**options, "max_new_tokens": max_new_tokens}
         return _answer(memory_model, input_ids, attention_mask, state, options)
     _check_options(memory_model, options)
-    return _continue(memory_model, input_ids, attention_mask, state, max_new_tokens, options)
+    proceed = _token_by_token if isinstance(memory_model.model, Decoder) else _continue
+    return proceed(memory_model, input_ids, attention_mask, state, max_new_tokens, options)
 
 
 def _check_options(memory_model: RecurrentMemory, options: dict[str, Any]) -> None:
     refused = [name for name in _WHOLE_TEXT if options.get(name) not in {None, 1}]
+    unknown = sorted(options.keys() - _OF_DECODERS)
+    if isinstance(memory_model.model, Decoder) and unknown:
+        msg = (
+            f"A Decoder generates with the options {', '.join(sorted(_OF_DECODERS))}, got "
+            f"{unknown[0]}. Say with sampling=SamplingConfig(...) how tokens are chosen."
+        )
+        raise ValueError(msg)
     if refused:
         msg = (
             f"{refused[0]} cannot be honoured across segments by a decoder with recurrent memory, "
@@ -106,8 +121,32 @@ def _continue(
         unfinished = unfinished & ~ended
         pieces.append(new)
         left -= new.shape[1]
-    state = _read(memory_model, last[:, None], torch.ones_like(last[:, None]), state)
+    state = _read(memory_model, last[:, None], torch.ones_like(last[:, None]).bool(), state)
     return torch.cat(pieces, dim=1), state
+
+
+def _token_by_token(
+    memory_model: RecurrentMemory,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    state: RecurrentState,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> tuple[Tensor, RecurrentState]:
+    options, ends = _with_end(memory_model, options)
+    sampling = options.get("sampling") or SamplingConfig(temperature=0.0)
+    state, newest = _read_but_last(memory_model, input_ids, attention_mask, state)
+    unread = unfinished = torch.ones_like(newest, dtype=torch.bool)
+    pieces: list[Tensor] = []
+    while len(pieces) < max_new_tokens and bool(unfinished.any()):
+        out = memory_model(newest[:, None], attention_mask=unread[:, None], state=state)
+        chosen = choose(out.logits[:, 0], sampling, options.get("generator"))
+        chosen = torch.where(unfinished, chosen, options["pad_token_id"])
+        state = state.commit(out.new_entries)
+        newest, unread = chosen, unfinished
+        unfinished = unfinished & ~torch.isin(chosen, ends)
+        pieces.append(chosen)
+    return torch.stack(pieces, dim=1), _read(memory_model, newest[:, None], unread[:, None], state)
 
 
 def _with_end(
@@ -118,10 +157,12 @@ def _with_end(
     Returns:
         The options with `pad_token_id`, and the end tokens.
     """
-    generation, device = memory_model.model.generation_config, memory_model.memory.memory.device
-    end = options.get("eos_token_id", generation.eos_token_id)
+    device = memory_model.memory.memory.device
+    # a Decoder knows of no special tokens
+    defaults = getattr(memory_model.model, "generation_config", None)
+    end = options.get("eos_token_id", getattr(defaults, "eos_token_id", None))
     ends = torch.as_tensor([] if end is None else end, dtype=torch.long, device=device).flatten()
-    pad = options.get("pad_token_id", generation.pad_token_id)
+    pad = options.get("pad_token_id", getattr(defaults, "pad_token_id", None))
     if pad is None:
         pad = int(ends[0]) if len(ends) else 0
     return {**options, "pad_token_id": pad}, ends
@@ -141,22 +182,31 @@ def _read_but_last(
     Raises:
         ValueError: If a row has no token.
     """
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    place = torch.where(mask.bool(), columns, -1).max(dim=1).values if len(columns) else columns
-    if not len(columns) or bool((place < 0).any()):
+    first, counts = text_extents(input_ids, attention_mask)
+    if not all(counts):
         msg = "Every row of input_ids must have at least one token to continue, got an empty row."
         raise ValueError(msg)
-    last = input_ids.gather(1, place[:, None])[:, 0]
-    but_last = mask.bool() & (columns != place[:, None])
-    return _read(memory_model, input_ids, but_last, state), last
+    start = torch.tensor(first, device=input_ids.device)[:, None]
+    place = start + torch.tensor(counts, device=input_ids.device)[:, None] - 1
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    but_last = (columns >= start) & (columns < place)
+    return _read(memory_model, input_ids, but_last, state), input_ids.gather(1, place)[:, 0]
 
 
 def _read(
-    memory_model: RecurrentMemory, input_ids: Tensor, attention_mask: Tensor, state: RecurrentState
+    memory_model: RecurrentMemory, input_ids: Tensor, mask: Tensor, state: RecurrentState
 ) -> RecurrentState:
-    out = memory_model(input_ids, attention_mask=attention_mask, state=state, logits_to_keep=0)
-    return state.commit(out.new_entries)
+    masks = [mask]
+    if state.inner is not None and state.inner.stores:
+        # a call's tokens enter the kNN memory when it is over: segments shall find those before
+        length = memory_model.memory_config.segment_length
+        numbers = (state.num_pending[:, None] + mask.cumsum(dim=1) - 1) // length
+        last = int(numbers.masked_fill(~mask, 0).max()) if mask.numel() else 0
+        masks = [mask & (numbers == number) for number in range(last + 1)]
+    for part in masks:
+        out = memory_model(input_ids, attention_mask=part, state=state, logits_to_keep=0)
+        state = state.commit(out.new_entries)
+    return state
 
 
 def _within_segment(

@@ -8,11 +8,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from byheart.adapters.families import input_embedding
 from byheart.adapters.loading import load_transformer
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.config import load_config, save_config
 from byheart.errors import CheckpointError
 from byheart.memory.files import complete_directory, read_manifest, recover
+from byheart.models.checkpoint import FORMAT as DECODER
+from byheart.models.checkpoint import load_model, save_model
+from byheart.models.decoder import Decoder
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 
 FORMAT = "byheart-recurrent-memory"
@@ -32,26 +36,28 @@ def save_recurrent(
     Args:
         memory_model: What to save.
         directory: Where to.
-        with_model: Write the model inside, too, as a Hugging Face checkpoint; for models whose own
-            weights were trained.
+        with_model: Write the model inside, too, as `save_model` or Hugging Face's checkpoints do;
+            for models whose own weights were trained.
     """
-    weights = memory_model.memory.state_dict()
+    model, weights = memory_model.model, memory_model.memory.state_dict()
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "model_type": memory_model.config.model_type,
+        "model_type": _model_type(model),
         "embed_dim": memory_model.layout.embed_dim,
     }
     with complete_directory(Path(directory), content) as partial:
         save_config(memory_model.memory_config, partial / _CONFIG)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, partial / _WEIGHTS)
-        if with_model:
-            memory_model.model.save_pretrained(partial / _MODEL)
+        if with_model and isinstance(model, Decoder):
+            save_model(model, partial / _MODEL)
+        elif with_model:
+            model.save_pretrained(partial / _MODEL)
 
 
 def load_recurrent(
-    model: PreTrainedModel | None, directory: str | os.PathLike[str]
+    model: PreTrainedModel | Decoder | None, directory: str | os.PathLike[str]
 ) -> RecurrentMemory:
     """Put saved recurrent memory around a model.
 
@@ -86,9 +92,10 @@ def load_recurrent(
                 "was put around. Pass that model."
             )
             raise CheckpointError(msg)
-        model = load_transformer(directory / _MODEL)
-    width = model.get_input_embeddings().weight.shape[1]
-    mine, theirs = (model.config.model_type, width), (manifest["model_type"], manifest["embed_dim"])
+        load = load_model if manifest["model_type"] == DECODER else load_transformer
+        model = load(directory / _MODEL)
+    mine = (_model_type(model), input_embedding(model).weight.shape[1])
+    theirs = (manifest["model_type"], manifest["embed_dim"])
     if mine != theirs:
         msg = (
             f"{directory} belongs to a {theirs[0]} model of width {theirs[1]}, got a {mine[0]} "
@@ -104,3 +111,7 @@ def load_recurrent(
         msg = f"{directory / _WEIGHTS} does not fit its config: {error}"
         raise CheckpointError(msg) from error
     return memory_model.eval()
+
+
+def _model_type(model: PreTrainedModel | Decoder) -> str:
+    return DECODER if isinstance(model, Decoder) else str(model.config.model_type)

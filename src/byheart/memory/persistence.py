@@ -76,13 +76,7 @@ def load_state(
             "Load that model, or read the documents again."
         )
         raise MemoryStateError(msg)
-    empty = MemoryState.empty(
-        layout,
-        manifest["batch_size"],
-        memory_size=manifest["memory_size"] if layout.knn_memory else None,
-        dtype=tensors["xl_cache.0.keys"].dtype,
-    )
-    state = with_tensors(empty, tensors)
+    state = state_from_tensors(layout, tensors, memory_size=manifest["memory_size"])
     return state if device is None else state.to(device)
 
 
@@ -106,6 +100,28 @@ def state_tensors(state: MemoryState) -> dict[str, Tensor]:
             tensors[f"store.{index}.{name}"] = tensor
     # counters of rows that never diverged may be one tensor; files want each of its own
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def state_from_tensors(
+    layout: MemoryLayout, tensors: Mapping[str, Tensor], *, memory_size: int
+) -> MemoryState:
+    """Make a state of what `state_tensors` returned.
+
+    Args:
+        layout: The layout of the model that will use it.
+        tensors: Of a state of the same layout.
+        memory_size: Entries per row and head that its kNN memory holds; 0 for none.
+
+    Returns:
+        The state, in main memory.
+    """
+    empty = MemoryState.empty(
+        layout,
+        len(tensors["position"]),
+        memory_size=memory_size if layout.knn_memory else None,
+        dtype=tensors["xl_cache.0.keys"].dtype,
+    )
+    return with_tensors(empty, tensors)
 
 
 def with_tensors(empty: MemoryState, tensors: Mapping[str, Tensor]) -> MemoryState:

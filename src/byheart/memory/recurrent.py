@@ -1,6 +1,6 @@
 """Recurrent memory as a value: what a row has read, in a few vectors."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,13 @@ from torch import Tensor
 from byheart.config import from_dict
 from byheart.errors import CheckpointError, MemoryStateError
 from byheart.memory.files import load_directory, save_directory
+from byheart.memory.layout import MemoryLayout
+from byheart.memory.persistence import state_from_tensors, state_tensors
+from byheart.memory.state import MemoryState, NewEntries
 
 FORMAT = "byheart-recurrent-state"
 FORMAT_VERSION = 1
+_INNER = "inner."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +30,8 @@ class RecurrentLayout:
     """Numbers of a vector."""
     segment_length: int
     """Text tokens after which a segment is complete."""
+    inner: MemoryLayout | None = None
+    """The model's own memory: XL cache and kNN memory; `None` for models without one."""
 
     def require_same(self, other: "RecurrentLayout", what: str) -> None:
         """Refuse a state that was made for another model.
@@ -37,7 +43,7 @@ class RecurrentLayout:
         Raises:
             MemoryStateError: If a number differs.
         """
-        mine, theirs = asdict(self), asdict(other)
+        mine, theirs = self._numbers(), other._numbers()
         differing = [name for name in mine if mine[name] != theirs[name]]
         if differing:
             listed = ", ".join(f"{name} {theirs[name]} (not {mine[name]})" for name in differing)
@@ -46,6 +52,12 @@ class RecurrentLayout:
                 "Start with new_state() of this model, or load the model that made it."
             )
             raise MemoryStateError(msg)
+        if self.inner is not None and other.inner is not None:
+            self.inner.require_same(other.inner, what)
+
+    def _numbers(self) -> dict[str, object]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "inner": "none" if self.inner is None else "XL cache or kNN memory"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,6 +78,10 @@ class NewMemory:
     """Tokens of its document that each row had read before the pass."""
     document_start: Bool[Tensor, " batch"]
     """Rows that began a document with this pass."""
+    inner: MemoryState | None = None
+    """The model's own memory after the pass, with the kNN memory as it was before."""
+    inner_entries: tuple[NewEntries, ...] = ()
+    """What enters the kNN memory, one for each complete segment; empty without one."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +91,8 @@ class RecurrentState:
     Only complete segments change the memory. The tokens of the unfinished one are *pending* and
     read again with those that follow, so it does not matter in which pieces a document is given.
 
-    A state is a value: nothing changes it, and it may be read any number of times.
+    A state is a value: nothing changes it, and it may be read any number of times. Only with a kNN
+    memory inside does `commit` use up the one it was called on, see `MemoryState`.
     """
 
     layout: RecurrentLayout
@@ -90,6 +107,9 @@ class RecurrentState:
     """Tokens of the unfinished segment."""
     position: Int[Tensor, " batch"]
     """Tokens of its document that each row has read."""
+    inner: MemoryState | None = None
+    """The model's own memory of the complete segments, memory tokens included; `None` for models
+    without one."""
 
     @classmethod
     def empty(
@@ -112,6 +132,9 @@ class RecurrentState:
             msg = f"batch_size must be at least 1, got {batch_size}."
             raise ValueError(msg)
         zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
+        inner = None
+        if layout.inner is not None:
+            inner = MemoryState.empty(layout.inner, batch_size, device=device)
         return cls(
             layout=layout,
             memory=torch.zeros(
@@ -121,6 +144,7 @@ class RecurrentState:
             pending=torch.zeros(batch_size, layout.segment_length, dtype=torch.long, device=device),
             num_pending=zeros,
             position=zeros,
+            inner=inner,
         )
 
     @property
@@ -151,6 +175,7 @@ class RecurrentState:
             num_segments=self.num_segments.masked_fill(row_mask, 0),
             num_pending=self.num_pending.masked_fill(row_mask, 0),
             position=self.position.masked_fill(row_mask, 0),
+            inner=self.inner and self.inner.start_documents(row_mask),
         )
 
     def commit(self, new: NewMemory) -> "RecurrentState":
@@ -160,20 +185,21 @@ class RecurrentState:
             new: `out.new_entries` of the pass that read this state.
 
         Returns:
-            The next state.
+            The next state; with a kNN memory inside, this one is used up.
 
         Raises:
             MemoryStateError: If the pass has read another state.
         """
         fits = new.memory.shape == self.memory.shape and new.pending.shape == self.pending.shape
-        before = self.start_documents(new.document_start).position if fits else self.position
-        if not fits or not torch.equal(new.position_before, before):
+        before = self.start_documents(new.document_start) if fits else self
+        if not fits or not torch.equal(new.position_before, before.position):
             msg = (
                 f"A new memory must continue rows of {list(self.memory.shape)} numbers that have "
-                f"read {before.tolist()} tokens, got {list(new.memory.shape)} and "
+                f"read {before.position.tolist()} tokens, got {list(new.memory.shape)} and "
                 f"{new.position_before.tolist()}. Commit each pass once, to the state that it read."
             )
             raise MemoryStateError(msg)
+        inner = before._inner_after(new)
         return replace(
             self,
             memory=new.memory,
@@ -181,7 +207,19 @@ class RecurrentState:
             pending=new.pending,
             num_pending=new.num_pending,
             position=new.position,
+            inner=inner,
         )
+
+    def _inner_after(self, new: NewMemory) -> MemoryState | None:
+        """Return the model's own memory after a pass, the kNN memory written."""
+        made = replace(self.layout, inner=None if new.inner is None else new.inner.layout)
+        self.layout.require_same(made, "The new memory")
+        if self.inner is None or not new.inner_entries:
+            return new.inner
+        inner = self.inner
+        for entries in new.inner_entries:
+            inner = inner.commit(entries)
+        return inner
 
     def select_rows(self, row_ids: Int[Tensor, " rows"]) -> "RecurrentState":
         """Copy the named rows, in that order; a row may be named more than once.
@@ -190,7 +228,7 @@ class RecurrentState:
             A state of its own.
         """
         tensors = {name: tensor[row_ids] for name, tensor in _tensors(self).items()}
-        return replace(self, **tensors)
+        return replace(self, **tensors, inner=self.inner and self.inner.select_rows(row_ids))
 
     def fork(self) -> "RecurrentState":
         """Copy the state; nothing is shared.
@@ -198,7 +236,8 @@ class RecurrentState:
         Returns:
             A state that can go its own way.
         """
-        return replace(self, **{name: tensor.clone() for name, tensor in _tensors(self).items()})
+        tensors = {name: tensor.clone() for name, tensor in _tensors(self).items()}
+        return replace(self, **tensors, inner=self.inner and self.inner.fork())
 
     def to(self, device: torch.device | str) -> "RecurrentState":
         """Move the state.
@@ -206,7 +245,8 @@ class RecurrentState:
         Returns:
             The state on `device`.
         """
-        return replace(self, **{name: tensor.to(device) for name, tensor in _tensors(self).items()})
+        tensors = {name: tensor.to(device) for name, tensor in _tensors(self).items()}
+        return replace(self, **tensors, inner=self.inner and self.inner.to(device))
 
     def save(self, directory: str | Path, *, fingerprint: str) -> None:
         """Write the state to a directory (safetensors and a JSON manifest).
@@ -224,6 +264,11 @@ class RecurrentState:
             "model_fingerprint": fingerprint,
         }
         tensors = {name: tensor.clone() for name, tensor in _tensors(self).items()}
+        if self.inner is not None:
+            self.inner.require_current()
+            content["inner_memory_size"] = self.inner.memory_size
+            inner = state_tensors(self.inner)
+            tensors |= {f"{_INNER}{name}": tensor for name, tensor in inner.items()}
         save_directory(Path(directory), tensors, content)
 
     @classmethod
@@ -267,7 +312,15 @@ class RecurrentState:
                 f"{fingerprint[:12]}. Load that model, or read the documents again."
             )
             raise MemoryStateError(msg)
-        return cls(layout=layout, **tensors).to(device or torch.device("cpu"))
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_INNER)}
+        inner = None
+        if layout.inner is not None:
+            inner = state_from_tensors(
+                layout.inner,
+                {name.removeprefix(_INNER): tensors[name] for name in tensors.keys() - own.keys()},
+                memory_size=manifest["inner_memory_size"],
+            )
+        return cls(layout=layout, **own, inner=inner).to(device or torch.device("cpu"))
 
 
 def _tensors(state: RecurrentState) -> dict[str, Any]:

@@ -167,32 +167,57 @@ class MemoryState:
             MemoryStateError: If the entries are of another shape, were made from another state, or
                 cross the end of a segment. The state is then as it was.
         """
+        state, num_pending = self._continued_by(new)
+        turn = self._lease.take_turn(self._turn)
+        segment = _add_to_segment(state.pending, state, new)
+        complete = num_pending == self.layout.segment_length
+        stores = state._write_stores(segment, complete)
+        return replace(state._moved_on(segment, num_pending), stores=stores, _turn=turn)
+
+    @torch.no_grad()
+    def read_on(self, new: NewEntries) -> "MemoryState":
+        """Move on to what follows, with the kNN memory as it is.
+
+        For a pass over several segments, whose entries are committed when it is over.
+
+        Args:
+            new: `out.new_entries` of the pass that read this state.
+
+        Returns:
+            The state after it, without its entries in the kNN memory. This one stays usable; a
+            commit to either uses up both.
+        """
+        state, num_pending = self._continued_by(new)
+        # tokens are put behind the pending ones in place
+        pending = state.pending and _each(state.pending, torch.clone)
+        return state._moved_on(_add_to_segment(pending, state, new), num_pending)
+
+    def _continued_by(self, new: NewEntries) -> tuple["MemoryState", Int[Tensor, " batch"]]:
+        """Return the state that a pass has read, and the tokens of each unfinished segment now."""
         self.require_current()
         _check_shapes(self, new)
         state = self.start_documents(new.document_start)
         num_pending = state.num_pending + new.num_tokens
         _check_continues(state, new, num_pending)
-        turn = self._lease.take_turn(self._turn)
+        return state, num_pending
+
+    def _moved_on(
+        self, segment: tuple[KeyValues, ...], num_pending: Int[Tensor, " batch"]
+    ) -> "MemoryState":
+        """Return the state with complete segments in its XL cache, and its stores as they are."""
         segment_length = self.layout.segment_length
-        segment = _add_to_segment(state.pending, state, new)
         complete = num_pending == segment_length
         any_pending = bool((num_pending * ~complete).any())
+        cached = (self.num_cached + segment_length).clamp(max=self.layout.xl_cache_length)
         return replace(
-            state,
+            self,
             xl_cache=tuple(
-                _shift(old, layer, complete)
-                for old, layer in zip(state.xl_cache, segment, strict=True)
+                _shift(*sides, complete) for sides in zip(self.xl_cache, segment, strict=True)
             ),
-            num_cached=torch.where(
-                complete,
-                (state.num_cached + segment_length).clamp(max=self.layout.xl_cache_length),
-                state.num_cached,
-            ),
+            num_cached=torch.where(complete, cached, self.num_cached),
             pending=segment if any_pending else None,
             num_pending=torch.where(complete, 0, num_pending),
-            stores=state._write_stores(segment, complete),
-            position=state.position + new.num_tokens,
-            _turn=turn,
+            position=self.position + num_pending - self.num_pending,
         )
 
     def _write_stores(

@@ -180,13 +180,49 @@ class Decoder(nn.Module):
             ValueError: If a row crosses the end of its segment, `num_tokens` is out of range, or
                 the batch sizes differ.
         """
-        batch, num_queries = input_ids.shape
+        hidden, new_entries = self.read_embeddings(
+            self.embedding(input_ids),
+            state=state,
+            document_start=document_start,
+            num_tokens=num_tokens,
+        )
+        if return_logits is None:
+            return_logits = labels is None
+        token_losses, logits = self.predict(hidden, targets=labels, logits=return_logits)
+        loss = None
+        if labels is not None and token_losses is not None:
+            loss = token_losses.sum() / (labels != IGNORED).sum().clamp(min=1)
+        return DecoderOutput(
+            new_entries=new_entries, loss=loss, token_losses=token_losses, logits=logits
+        )
+
+    def read_embeddings(
+        self,
+        embeddings: Float[Tensor, "batch query embed_dim"],
+        *,
+        state: MemoryState | None = None,
+        document_start: Bool[Tensor, " batch"] | None = None,
+        num_tokens: Int[Tensor, " batch"] | None = None,
+    ) -> tuple[Float[Tensor, "batch query embed_dim"], NewEntries]:
+        """Read vectors in the place of tokens.
+
+        Args:
+            embeddings: What stands for the next tokens of each row.
+            state: As in `forward`.
+            document_start: As in `forward`.
+            num_tokens: As in `forward`.
+
+        Returns:
+            Last hidden states, after the final norm, and the entries to commit.
+        """
+        batch, num_queries, _ = embeddings.shape
+        device = embeddings.device
         if state is None:
             state = self.new_state(batch)
         if document_start is None:
-            document_start = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+            document_start = torch.zeros(batch, dtype=torch.bool, device=device)
         if num_tokens is None:
-            num_tokens = torch.full((batch,), num_queries, device=input_ids.device)
+            num_tokens = torch.full((batch,), num_queries, device=device)
         self._check(state, batch)
         state = state.start_documents(document_start)
         require_columns(num_tokens, num_queries)
@@ -194,38 +230,48 @@ class Decoder(nn.Module):
         local = LocalContext.of(
             state, num_queries, self.config.window, self_visible=self.config.self_visible
         )
-        hidden = self.dropout(self.embedding(input_ids))
+        hidden = self.dropout(embeddings)
         entries = []
         for layer, block in enumerate(self.blocks):
             hidden, new = block(hidden, local, state.stores.get(layer))
             entries.append(KeyValues(new.keys.detach(), new.values.detach()))
-        hidden = self.dropout(self.norm(hidden))
         new_entries = NewEntries(
             layers=tuple(entries),
             num_tokens=num_tokens,
             document_start=document_start,
             position=state.position,
         )
-        return self._output(hidden, labels, new_entries, return_logits=return_logits)
+        return self.norm(hidden), new_entries
 
-    def _output(
+    def predict(
         self,
         hidden: Float[Tensor, "batch query embed_dim"],
-        labels: Int[Tensor, "batch query"] | None,
-        new_entries: NewEntries,
         *,
-        return_logits: bool | None,
-    ) -> DecoderOutput:
-        loss = token_losses = logits = None
-        if labels is not None:
-            flat = cross_entropy(hidden.flatten(0, 1), self.embedding.weight, labels.flatten())
-            token_losses = flat.view_as(labels)
-            loss = flat.sum() / (labels != IGNORED).sum().clamp(min=1)
-        if return_logits or (return_logits is None and labels is None):
-            logits = (hidden @ self.embedding.weight.to(hidden.dtype).T).float()
-        return DecoderOutput(
-            new_entries=new_entries, loss=loss, token_losses=token_losses, logits=logits
-        )
+        targets: Int[Tensor, "batch query"] | None,
+        logits: bool,
+    ) -> tuple[
+        Float[Tensor, "batch query"] | None,
+        Float[Tensor, "batch query vocab"] | None,
+    ]:
+        """Predict the next tokens.
+
+        Args:
+            hidden: Last hidden states.
+            targets: The token after each, -100 where nothing is predicted; `None` for no losses.
+            logits: Whether scores are wanted.
+
+        Returns:
+            Negative log likelihood of each target, in nats, 0 where it is -100; and the scores,
+            float32.
+        """
+        hidden = self.dropout(hidden)
+        weight, losses, scores = self.embedding.weight, None, None
+        if targets is not None:
+            flat = cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
+            losses = flat.view_as(targets)
+        if logits:
+            scores = (hidden @ weight.to(hidden.dtype).T).float()
+        return losses, scores
 
     def _check(self, state: MemoryState, batch: int) -> None:
         state.require_current()

@@ -21,13 +21,17 @@ class Encoded(NamedTuple):
     output: Any
     """What was requested of the segment: a tensor, or a named tuple of tensors and `None`; `None`
     for nothing."""
+    reader: "WindowModel | None" = None
+    """What reads the next segment; `None` for the same."""
 
 
 @runtime_checkable
 class WindowModel(Protocol):
     """A model that recurrent memory can be put around.
 
-    It keeps nothing between calls, and treats every row alone.
+    It is a value: a call changes nothing of it. What a model remembers besides the memory is in
+    the reader that a call returns for the next segment, and carries no gradient. Every row is
+    treated alone.
     """
 
     embed_dim: int
@@ -74,6 +78,28 @@ class Segment:
     """Whether a gradient starts here."""
 
 
+class Stepped(NamedTuple):
+    """What one step gives."""
+
+    memory: Float[Tensor, "rows memory embed_dim"]
+    """The next memory of its rows, float32."""
+    output: Any
+    """What was requested."""
+    reader: WindowModel
+    """What reads the next segment."""
+
+
+class Unrolled(NamedTuple):
+    """What segments one after the other give."""
+
+    outputs: list[Any]
+    """What was requested of each segment."""
+    memory: Float[Tensor, "batch memory embed_dim"]
+    """Memory after the last."""
+    reader: WindowModel
+    """What reads the segment behind the last."""
+
+
 class RecurrentCore(nn.Module):
     """The weights that recurrent memory adds to a model, and the recurrence.
 
@@ -113,7 +139,7 @@ class RecurrentCore(nn.Module):
         model: WindowModel,
         segment: Segment,
         memory: Float[Tensor, "rows memory embed_dim"],
-    ) -> tuple[Float[Tensor, "rows memory embed_dim"], Any]:
+    ) -> Stepped:
         """Read one segment.
 
         Args:
@@ -122,7 +148,7 @@ class RecurrentCore(nn.Module):
             memory: Memory of its rows.
 
         Returns:
-            The next memory of those rows, float32, and the requested output.
+            The next memory of those rows, the requested output, and the next reader.
 
         Raises:
             ValueError: If the model returns fewer hidden states than positions.
@@ -134,6 +160,7 @@ class RecurrentCore(nn.Module):
             segment.input_ids,
             segment.num_tokens,
             writes=model.writes,
+            complete=segment.writes_memory,
         )
         encoded = model(window, segment.request)
         if encoded.hidden.shape[1] != window.embeddings.shape[1]:
@@ -146,7 +173,8 @@ class RecurrentCore(nn.Module):
         written = self._update(memory, _written(window, encoded.hidden, memory.shape[1]))
         if segment.writes_memory is not None:
             written = torch.where(segment.writes_memory[:, None, None], written, memory)
-        return written, encoded.output
+        following = model if encoded.reader is None else encoded.reader
+        return Stepped(written, encoded.output, following)
 
     def _update(self, old: Tensor, written: Tensor) -> Tensor:
         if not old.shape[1]:
@@ -168,7 +196,7 @@ class RecurrentCore(nn.Module):
         model: WindowModel,
         segments: Sequence[Segment],
         memory: Float[Tensor, "batch memory embed_dim"],
-    ) -> tuple[list[Any], Float[Tensor, "batch memory embed_dim"]]:
+    ) -> Unrolled:
         """Read segments one after the other.
 
         A loss reaches `config.bptt_depth` segments, its own included. Where several segments have
@@ -181,59 +209,66 @@ class RecurrentCore(nn.Module):
             memory: Memory of all rows before the first.
 
         Returns:
-            The requested output of each segment, and the memory after the last.
+            The requested output of each segment, and memory and reader after the last.
         """
         depth = self.config.bptt_depth
         losses = [index for index, segment in enumerate(segments) if segment.has_loss]
         if depth is None or depth >= len(segments) or not torch.is_grad_enabled() or not losses:
             return self._run(model, segments, memory)
         outputs: list[Any] = [None] * len(segments)
-        position = 0  # `memory` is the one before this segment, `ahead` the one after it
-        ahead: Tensor | None = None
+        position = 0  # `memory` and `model` are those before this segment, `ahead` those after it
+        ahead: Unrolled | None = None
         for index in losses:
             start = max(0, index + 1 - depth)
             if start > position and ahead is not None:
-                position, memory = position + 1, ahead.detach()
+                position, memory, model = position + 1, ahead.memory.detach(), ahead.reader
             with torch.no_grad():
                 skipped = _without_requests(segments[position:start], outputs[position:start])
-                before, memory = self._run(model, skipped, memory)
+                before, memory, model = self._run(model, skipped, memory)
             _fill(outputs, before, position)
             position = start
             window = [
                 replace(segment, request=None) if segment.has_loss and place != index else segment
                 for place, segment in enumerate(segments[start : index + 1], start)
             ]
-            first, ahead = self._run(model, window[:1], memory)
-            others, after = self._run(model, window[1:], ahead)
-            _fill(outputs, first + others, start)
+            ahead = self._run(model, window[:1], memory)
+            after = self._run(ahead.reader, window[1:], ahead.memory)
+            _fill(outputs, ahead.outputs + after.outputs, start)
         rest = losses[-1] + 1
         with torch.no_grad():
-            outputs[rest:], memory = self._run(model, segments[rest:], after.detach())
-        return outputs, memory
+            last = self._run(after.reader, segments[rest:], after.memory.detach())
+        outputs[rest:] = last.outputs
+        return last._replace(outputs=outputs)
 
-    def _run(
-        self, model: WindowModel, segments: Sequence[Segment], memory: Tensor
-    ) -> tuple[list[Any], Tensor]:
+    def _run(self, model: WindowModel, segments: Sequence[Segment], memory: Tensor) -> Unrolled:
+        if self.config.replay and segments and torch.is_grad_enabled():
+            return self._replay(model, segments, memory)
+        outputs = []
+        for segment in segments:
+            memory, output, model = self._read(model, segment, memory)
+            outputs.append(output)
+        return Unrolled(outputs, memory, model)
+
+    def _replay(self, model: WindowModel, segments: Sequence[Segment], memory: Tensor) -> Unrolled:
+        readers = [model]
+
         def read(index: int, before: Tensor) -> tuple[Tensor, Any]:
-            segment = segments[index]
-            mine = before if segment.rows is None else before[segment.rows]
-            after, output = self.step(model, segment, mine)
-            if segment.rows is not None:
-                after = before.index_copy(0, segment.rows, after)
+            after, output, following = self._read(readers[index], segments[index], before)
+            if len(readers) == index + 1:  # forward: backward reads with what forward read with
+                readers.append(following)
             return after, output
 
-        if self.config.replay and segments and torch.is_grad_enabled():
-            weights = [
-                weight
-                for weight in (*self.parameters(), *model.parameters())
-                if weight.requires_grad
-            ]
-            return replayed(read, len(segments), memory, weights)
-        outputs = []
-        for index in range(len(segments)):
-            memory, output = read(index, memory)
-            outputs.append(output)
-        return outputs, memory
+        weights = [
+            weight for weight in (*self.parameters(), *model.parameters()) if weight.requires_grad
+        ]
+        outputs, memory = replayed(read, len(segments), memory, weights)
+        return Unrolled(outputs, memory, readers[-1])
+
+    def _read(self, model: WindowModel, segment: Segment, memory: Tensor) -> Stepped:
+        if segment.rows is None:
+            return self.step(model, segment, memory)
+        stepped = self.step(model, segment, memory[segment.rows])
+        return stepped._replace(memory=memory.index_copy(0, segment.rows, stepped.memory))
 
 
 def _without_requests(segments: Sequence[Segment], known: Sequence[Any]) -> list[Segment]:

@@ -25,8 +25,9 @@ class RecurrentMemoryConfig:
     bptt_depth: int | None = None
     """Segments that a loss reaches backwards, its own included; `None` for all of the call."""
     replay: bool = False
-    """Keep only the memory between segments for the backward pass, and compute each segment again:
-    the same gradients in constant memory, for a third more time."""
+    """Keep only the memory between segments for the backward pass (and the XL cache, if the model
+    has one), and compute each segment again: the same gradients in constant memory, for a third
+    more time."""
     start_ids: tuple[int, ...] = ()
     """Special tokens before the memory, for encoders; BERT's `[CLS]`."""
     separator_ids: tuple[int, ...] = ()

@@ -83,12 +83,9 @@ def gather_text(
 
     Returns:
         The text.
-
-    Raises:
-        ValueError: If the mask has another shape, or holes.
     """
     batch, num_columns = input_ids.shape
-    first, new = _extents(input_ids, attention_mask)
+    first, new = text_extents(input_ids, attention_mask)
     pending = tuple(
         count if fresh else 0 for count, fresh in zip(state.num_pending.tolist(), new, strict=True)
     )
@@ -116,9 +113,21 @@ def gather_text(
     )
 
 
-def _extents(
-    input_ids: Tensor, attention_mask: Tensor | None
+def text_extents(
+    input_ids: Int[Tensor, "batch tokens"], attention_mask: Tensor | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Find the text of each row.
+
+    Args:
+        input_ids: Text and padding.
+        attention_mask: 1 for tokens, 0 for padding before or behind them; `None` for no padding.
+
+    Returns:
+        The first column and the number of tokens of each row.
+
+    Raises:
+        ValueError: If the mask has another shape, or holes.
+    """
     batch, num_columns = input_ids.shape
     if attention_mask is None:
         return (0,) * batch, (num_columns,) * batch

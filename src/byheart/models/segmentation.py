@@ -17,7 +17,8 @@ class Step:
     rows: tuple[int, ...]
     """Rows of the batch."""
     spans: tuple[tuple[int, int], ...]
-    """First token and end of the segment, for each of those rows."""
+    """First token and end of the segment, for each of those rows; equal for rows that only keep
+    the others company."""
     last: tuple[bool, ...]
     """Whether it is the last segment of the row."""
 
@@ -52,7 +53,13 @@ class Step:
         return torch.tensor(self.rows, device=like.device)
 
 
-def plan_steps(num_tokens: Sequence[int], segment_length: int, alignment: Alignment) -> list[Step]:
+def plan_steps(
+    num_tokens: Sequence[int],
+    segment_length: int,
+    alignment: Alignment,
+    *,
+    every_row: bool = False,
+) -> list[Step]:
     """Cut the documents of a batch into steps.
 
     With `right`, rows with fewer segments join late, so that all end together (the report);
@@ -62,6 +69,8 @@ def plan_steps(num_tokens: Sequence[int], segment_length: int, alignment: Alignm
         num_tokens: Tokens of each row.
         segment_length: Most tokens of a segment.
         alignment: Which segment of a row is short.
+        every_row: Whether rows without a segment take part in a step, without a token; for models
+            whose own state has all rows.
 
     Returns:
         The steps, in order.
@@ -75,6 +84,8 @@ def plan_steps(num_tokens: Sequence[int], segment_length: int, alignment: Alignm
             place = index - (num_steps - len(cuts) if alignment == "right" else 0)
             if 0 <= place < len(cuts):
                 active.append((row, cuts[place], place == len(cuts) - 1))
+            elif every_row:
+                active.append((row, (0, 0), False))
         rows, spans, last = zip(*active, strict=True)
         steps.append(Step(rows=rows, spans=spans, last=last))
     return steps

@@ -28,6 +28,9 @@ class Window:
     """Columns of the write memory of decoders; `None` for `memory_start ... + memory`."""
     memory_start: int
     """Column of the first memory token that is read."""
+    complete: Bool[Tensor, " rows"] | None = None
+    """Rows whose segment is complete; `None` for all. The others are read again with what
+    follows."""
 
 
 def build_window(
@@ -38,6 +41,7 @@ def build_window(
     num_tokens: Int[Tensor, " rows"] | None,
     *,
     writes: bool,
+    complete: Bool[Tensor, " rows"] | None = None,
 ) -> Window:
     """Lay out a segment.
 
@@ -46,8 +50,10 @@ def build_window(
         embed: The model's input embedding.
         memory: Memory of each row.
         input_ids: Text of each row.
-        num_tokens: Text tokens of each row, the first so many columns; `None` for all.
+        num_tokens: Text tokens of each row, the first so many columns; `None` for all. A row
+            without text is all padding.
         writes: Whether the memory stands behind the text again (decoders).
+        complete: Rows whose segment is complete; `None` for all.
 
     Returns:
         The window.
@@ -73,7 +79,8 @@ def build_window(
     if num_tokens is not None:
         extra = len(config.end_ids) + (config.num_memory_tokens if writes else 0)
         positions = torch.arange(embeddings.shape[1], device=device)
-        mask = positions < start + num_tokens[:, None] + extra
+        used = torch.where(num_tokens > 0, start + num_tokens + extra, 0)
+        mask = positions < used[:, None]
         if writes:
             embeddings = _move_behind_text(
                 embeddings, start + text_length, start + num_tokens, positions
@@ -84,6 +91,7 @@ def build_window(
         text_start=start,
         write_columns=write_columns,
         memory_start=num_before,
+        complete=complete,
     )
 
 
