@@ -19,6 +19,9 @@ class KnnMemoryConfig:
     combine: Literal["gate", "joint", "content_gate"] = "gate"
     """How memory and local attention are mixed: one learned gate per head (the paper), one softmax
     over both, or a gate per head that depends on the token."""
+    age_bias: bool = False
+    """Whether each head learns to prefer recent entries among those retrieved: `slope * log(age)`
+    is taken from their scores, with slopes that start at 0. Not in the paper."""
     write: Literal["segment", "evicted"] = "segment"
     """What enters memory when a segment is complete: the segment (the paper; the XL cache then
     shows it a second time), or the tokens that leave the XL cache."""

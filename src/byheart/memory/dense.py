@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from byheart.errors import MemoryStateError
+from byheart.memory.age import age_bias
 from byheart.memory.ring import RingCursor
 from byheart.memory.store import KeyValues, MemoryRead
 from byheart.ops.bucket_search import strided_bucket_top_k
@@ -192,17 +193,24 @@ class DenseStore:
         queries: Float[Tensor, "batch heads query head_dim"],
         scale: Float[Tensor, " heads"],
         top_k: int,
+        age_slope: Float[Tensor, " heads"] | None = None,
     ) -> MemoryRead:
         """Search, then attend to what was found.
 
-        The gradient reaches `queries` and `scale` only.
+        The gradient reaches `queries`, `scale` and `age_slope` only.
 
         Returns:
             Attention over the retrieved entries.
         """
         found = self.search(queries.detach(), top_k)
         attended = gather_attend(
-            queries, scale, self.keys, self.values, found, empty_as_zero=self.empty_as_zero
+            queries,
+            scale,
+            self.keys,
+            self.values,
+            found,
+            bias=age_bias(self.cursor, found.slots, age_slope),
+            empty_as_zero=self.empty_as_zero,
         )
         assert attended.logsumexp is not None
         return MemoryRead(attended.output, attended.logsumexp, found)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from byheart.memory.age import age_bias
 from byheart.memory.dense import DenseStore
 from byheart.memory.store import KeyValues, MemoryRead
 from byheart.ops.gather import gather_attend
@@ -192,17 +193,20 @@ class FaissStore:
         queries: Float[Tensor, "batch heads query head_dim"],
         scale: Float[Tensor, " heads"],
         top_k: int,
+        age_slope: Float[Tensor, " heads"] | None = None,
     ) -> MemoryRead:
         """Search, then attend to what was found.
 
-        The gradient reaches `queries` and `scale` only.
+        The gradient reaches `queries`, `scale` and `age_slope` only.
 
         Returns:
             Attention over the retrieved entries.
         """
         found = self.search(queries.detach().cpu(), top_k)
+        slope = None if age_slope is None else age_slope.cpu()
+        bias = age_bias(self.ring.cursor, found.slots, slope)
         attended = gather_attend(
-            queries.cpu(), scale.cpu(), self.ring.keys, self.ring.values, found
+            queries.cpu(), scale.cpu(), self.ring.keys, self.ring.values, found, bias=bias
         )
         assert attended.logsumexp is not None
         device = queries.device

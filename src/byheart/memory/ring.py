@@ -56,6 +56,18 @@ class RingCursor:
         rank = torch.where(keep, rank_of_kept, rank_of_others)
         return (self.num_written[:, None] + rank) % self.memory_size
 
+    def ages(self, slots: Int[Tensor, "batch ..."]) -> Int[Tensor, "batch ..."]:
+        """Say how long ago entries were written.
+
+        Args:
+            slots: Slots that hold an entry.
+
+        Returns:
+            1 for the newest entry of the row, 2 for the one before, and so on.
+        """
+        newest = self.num_written.view(-1, *[1] * (slots.dim() - 1)) - 1
+        return 1 + (newest - slots) % self.memory_size
+
     def advance(self, num_entries: Int[Tensor, " batch"]) -> "RingCursor":
         """Count entries as written.
 

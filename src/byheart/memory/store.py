@@ -83,8 +83,13 @@ class MemoryStore(Protocol):
         queries: Float[Tensor, "batch heads query head_dim"],
         scale: Float[Tensor, " heads"],
         top_k: int,
+        age_slope: Float[Tensor, " heads"] | None = None,
     ) -> MemoryRead:
-        """Search, then attend to what was found."""
+        """Search, then attend to what was found.
+
+        With `age_slope`, `slope * log(age)` is taken from each score after the scale, where the age
+        of the newest entry of a row is 1. It does not change what is found.
+        """
 
     def entry_numbers(self) -> Int[Tensor, "batch entry"]:
         """Number the entry in each slot since the row's last reset; -1 where empty."""

@@ -30,6 +30,7 @@ class MemoryMix(nn.Module):
             if knn.combine != "joint"
             else None
         )
+        self.age_slope = nn.Parameter(torch.zeros(config.num_heads)) if knn.age_bias else None
         self.gate_weight = (
             nn.Parameter(torch.zeros(config.num_heads, config.embed_dim))
             if knn.combine == "content_gate"
@@ -64,7 +65,11 @@ class MemoryMix(nn.Module):
         if store is None:
             return local.output + self._zero()
         # a memory smaller than top_k is read whole
-        read = store.attend(queries, scale, min(self.top_k, store.memory_size))
+        top_k = min(self.top_k, store.memory_size)
+        if self.age_slope is None:
+            read = store.attend(queries, scale, top_k)
+        else:
+            read = store.attend(queries, scale, top_k, self.age_slope.float())
         if self.gate_bias is None:
             assert local.logsumexp is not None
             return merge_by_softmax([local.output, read.output], [local.logsumexp, read.logsumexp])
@@ -89,9 +94,9 @@ class MemoryMix(nn.Module):
 
     def _zero(self) -> Tensor | float:
         # data-parallel training expects every parameter to take part in every step
-        if self.gate_bias is None or not torch.is_grad_enabled():
+        parameters = list(self.parameters())
+        if not parameters or not torch.is_grad_enabled():
             return 0.0
-        parameters = [self.gate_bias] + ([] if self.gate_weight is None else [self.gate_weight])
         return 0.0 * torch.cat([parameter.flatten() for parameter in parameters]).sum()
 
 

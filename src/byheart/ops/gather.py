@@ -22,13 +22,14 @@ def gather_attend(
     values: Float[Tensor, "batch kv_heads entry head_dim"],
     found: Neighbours,
     *,
+    bias: Float[Tensor, "batch heads query top_k"] | None = None,
     empty_as_zero: bool = False,
 ) -> Attended:
     """Attend to the retrieved entries only: softmax over the neighbours, then their values.
 
-    The gradient reaches `queries` and `scale`, never `keys` and `values`. Backward gathers again
-    instead of keeping `[batch, heads, query, top_k, head_dim]` tensors; if the memory was written
-    in between, autograd refuses (commit after backward).
+    The gradient reaches `queries`, `scale` and `bias`, never `keys` and `values`. Backward gathers
+    again instead of keeping `[batch, heads, query, top_k, head_dim]` tensors; if the memory was
+    written in between, autograd refuses (commit after backward).
 
     Args:
         queries: Queries before the scale.
@@ -36,6 +37,8 @@ def gather_attend(
         keys: All slots of the memory.
         values: All slots of the memory.
         found: What the search returned for these queries; its scores are used as they are.
+        bias: Added to the scores of retrieved entries, after the scale; it does not change which
+            entries are retrieved.
         empty_as_zero: Whether a retrieved slot without an entry takes part in the softmax as a key
             and value of zeros, as in the authors' code, instead of being left out.
 
@@ -50,7 +53,7 @@ def gather_attend(
     # weights are computed in float32, and backward, which knows no autocast, computes them again
     with torch.autocast(queries.device.type, enabled=False):
         output, logsumexp = _GatherAttend.apply(  # type: ignore[no-untyped-call]
-            queries, scale, keys, values, found, logit_of_empty
+            queries, scale, keys, values, found, bias, logit_of_empty
         )
     return Attended(output, logsumexp)
 
@@ -64,11 +67,15 @@ class _GatherAttend(torch.autograd.Function):
         keys: Tensor,
         values: Tensor,
         found: Neighbours,
+        bias: Tensor | None,
         logit_of_empty: float,
     ) -> tuple[Tensor, Tensor]:
         valid, wide = found.valid, wide_dtype(queries)
         scores = found.scores.to(wide).masked_fill(~valid, 0.0)
-        logits_BHQK = (scores * scale.to(wide)[:, None, None]).masked_fill(~valid, logit_of_empty)
+        logits_BHQK = scores * scale.to(wide)[:, None, None]
+        if bias is not None:
+            logits_BHQK = logits_BHQK + bias.to(wide)
+        logits_BHQK = logits_BHQK.masked_fill(~valid, logit_of_empty)
         # a query without any entry would average the stale content of empty slots
         weights_BHQK = torch.softmax(logits_BHQK, dim=-1) * valid
         logsumexp = torch.logsumexp(logits_BHQK, dim=-1)
@@ -78,6 +85,7 @@ class _GatherAttend(torch.autograd.Function):
         for part, rows in _chunks(found.slots, values):
             output.flatten(0, 1)[part] = _weighted(weights_BHQK.flatten(0, 1)[part], values, rows)
         ctx.save_for_backward(queries, scale, keys, values, found.slots, scores, weights_BHQK)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return output.to(queries.dtype), logsumexp
 
     @staticmethod
@@ -105,7 +113,8 @@ class _GatherAttend(torch.autograd.Function):
             grad_queries.flatten(0, 1)[part] = _weighted(
                 grad_scores_BHQK.flatten(0, 1)[part], keys, rows
             )
-        return grad_queries.to(queries.dtype), grad_scale, None, None, None, None
+        grad_bias = None if ctx.bias_dtype is None else grad_logits_BHQK.to(ctx.bias_dtype)
+        return grad_queries.to(queries.dtype), grad_scale, None, None, None, grad_bias, None
 
 
 def _chunks(slots_BHQK: Tensor, entries_BGND: Tensor) -> list[tuple[slice, Tensor]]:

@@ -109,6 +109,7 @@ def gather_attend(
     values: Float[Tensor, "batch kv_heads entry head_dim"],
     found: Neighbours,
     *,
+    bias: Float[Tensor, "batch heads query top_k"] | None = None,
     empty_as_zero: bool = False,
 ) -> Attended:
     """Attend to the retrieved entries only: softmax over the neighbours, then their values.
@@ -119,6 +120,7 @@ def gather_attend(
         keys: All slots of the memory; no gradient.
         values: All slots of the memory; no gradient.
         found: Which slots to attend to.
+        bias: Added to the scores of entries, after the scale.
         empty_as_zero: Whether a slot without an entry counts as a key and value of zeros.
 
     Returns:
@@ -135,7 +137,8 @@ def gather_attend(
         for k in range(found.slots.shape[3]):
             n = int(found.slots[b, h, q, k])
             if found.valid[b, h, q, k]:
-                scores.append(queries[b, h, q] @ keys[b, g, n].to(queries.dtype) * scale[h])
+                score = queries[b, h, q] @ keys[b, g, n].to(queries.dtype) * scale[h]
+                scores.append(score if bias is None else score + bias[b, h, q, k])
                 entries.append(values[b, g, n].to(queries.dtype))
             elif empty_as_zero:
                 scores.append(queries[b, h, q] @ nothing * scale[h])
