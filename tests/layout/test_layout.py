@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "byheart"
@@ -73,10 +79,34 @@ def python_blocks(path):
     return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
 
 
-def test_the_readme_example_runs(tmp_path):
+def tiny_checkpoints(folder):
+    """Save tiny models, for the names of models that are not on this machine."""
+    sizes = {"vocab_size": 53, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 40}
+    bert = BertConfig(num_hidden_layers=1, num_labels=6, **{**sizes, "vocab_size": 103})
+    llama = LlamaConfig(num_hidden_layers=1, max_position_embeddings=4096, **sizes)
+    BertForSequenceClassification(bert).save_pretrained(folder / "bert")
+    LlamaForCausalLM(llama).save_pretrained(folder / "llama")
+    return {"google-bert/bert-base-cased": "bert", "meta-llama/Llama-3.2-1B": "llama"}
+
+
+# what the README says of its models in comments
+READ_TEXTS = """
+import torch
+ids = torch.randint(0, 53, (2, 1100))
+classifier(ids, labels=torch.tensor([0, 5])).loss.backward()
+reader(ids, labels=ids).loss.backward()
+"""
+
+
+def test_the_readme_examples_run(tmp_path):
     blocks = python_blocks(ROOT / "README.md")
-    assert blocks
+    assert len(blocks) == 2
+    names = tiny_checkpoints(tmp_path)
     for block in blocks:
+        for name, local in names.items():
+            block = block.replace(name, local)
+        if "transformers" in block:
+            block += READ_TEXTS
         result = subprocess.run(
             [sys.executable, "-W", "error", "-c", block],
             capture_output=True,
