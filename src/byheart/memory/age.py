@@ -9,7 +9,7 @@ from byheart.memory.ring import RingCursor
 def age_bias(
     cursor: RingCursor,
     slots: Int[Tensor, "batch heads query top_k"],
-    slope: Float[Tensor, " heads"] | None,
+    slope: float,
 ) -> Float[Tensor, "batch heads query top_k"] | None:
     """Weigh entries by their age.
 
@@ -19,11 +19,12 @@ def age_bias(
     Args:
         cursor: The ring that holds them.
         slots: Where the entries are.
-        slope: How much age counts, per head; `None` for not at all.
+        slope: How much age counts; 0 for not at all.
 
     Returns:
-        `-slope * log(age)`, where the age of the newest entry of a row is 1.
+        `-slope * log(age)`, where the age of the newest entry of a row is 1; `None` for a slope of
+        0.
     """
-    if slope is None:
+    if slope == 0:
         return None
-    return -slope[:, None, None] * cursor.ages(slots).to(slope.dtype).log()
+    return -slope * cursor.ages(slots).float().log()

@@ -19,9 +19,10 @@ class KnnMemoryConfig:
     combine: Literal["gate", "joint", "content_gate"] = "gate"
     """How memory and local attention are mixed: one learned gate per head (the paper), one softmax
     over both, or a gate per head that depends on the token."""
-    age_bias: bool = False
-    """Whether each head learns to prefer recent entries among those retrieved: `slope * log(age)`
-    is taken from their scores, with slopes that start at 0. Not in the paper."""
+    age_slope: float = 0.0
+    """How much recent entries are preferred among those retrieved: an entry's weight is divided by
+    its age to this power (the paper: 0). Keys have no position, so without it the old entries of a
+    larger memory count as much as the new ones; try 0.5."""
     write: Literal["segment", "evicted"] = "segment"
     """What enters memory when a segment is complete: the segment (the paper; the XL cache then
     shows it a second time), or the tokens that leave the XL cache."""
@@ -46,6 +47,9 @@ class KnnMemoryConfig:
                 f"top_k must be between 1 and memory_size ({self.memory_size}), got {self.top_k}. "
                 "Lower top_k or raise memory_size."
             )
+            raise ValueError(msg)
+        if self.age_slope < 0:
+            msg = f"age_slope must be at least 0, got {self.age_slope}."
             raise ValueError(msg)
         if self.num_buckets is not None and self.search == "exact":
             msg = "num_buckets has no effect with search='exact'. Use search='strided_bucket'."

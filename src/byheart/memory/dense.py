@@ -193,11 +193,11 @@ class DenseStore:
         queries: Float[Tensor, "batch heads query head_dim"],
         scale: Float[Tensor, " heads"],
         top_k: int,
-        age_slope: Float[Tensor, " heads"] | None = None,
+        age_slope: float = 0.0,
     ) -> MemoryRead:
         """Search, then attend to what was found.
 
-        The gradient reaches `queries`, `scale` and `age_slope` only.
+        The gradient reaches `queries` and `scale` only.
 
         Returns:
             Attention over the retrieved entries.

@@ -193,18 +193,17 @@ class FaissStore:
         queries: Float[Tensor, "batch heads query head_dim"],
         scale: Float[Tensor, " heads"],
         top_k: int,
-        age_slope: Float[Tensor, " heads"] | None = None,
+        age_slope: float = 0.0,
     ) -> MemoryRead:
         """Search, then attend to what was found.
 
-        The gradient reaches `queries`, `scale` and `age_slope` only.
+        The gradient reaches `queries` and `scale` only.
 
         Returns:
             Attention over the retrieved entries.
         """
         found = self.search(queries.detach().cpu(), top_k)
-        slope = None if age_slope is None else age_slope.cpu()
-        bias = age_bias(self.ring.cursor, found.slots, slope)
+        bias = age_bias(self.ring.cursor, found.slots, age_slope)
         attended = gather_attend(
             queries.cpu(), scale.cpu(), self.ring.keys, self.ring.values, found, bias=bias
         )

@@ -83,12 +83,12 @@ class MemoryStore(Protocol):
         queries: Float[Tensor, "batch heads query head_dim"],
         scale: Float[Tensor, " heads"],
         top_k: int,
-        age_slope: Float[Tensor, " heads"] | None = None,
+        age_slope: float = 0.0,
     ) -> MemoryRead:
         """Search, then attend to what was found.
 
-        With `age_slope`, `slope * log(age)` is taken from each score after the scale, where the age
-        of the newest entry of a row is 1. It does not change what is found.
+        `age_slope * log(age)` is taken from each score after the scale, where the age of the newest
+        entry of a row is 1. It does not change what is found.
         """
 
     def entry_numbers(self) -> Int[Tensor, "batch entry"]:

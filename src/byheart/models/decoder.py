@@ -293,8 +293,6 @@ class Decoder(nn.Module):
                 continue
             scale = block.attention.log_scale.detach().exp()
             metrics[f"scale/layer{layer}/mean"] = scale.mean().item()
-            if mix.age_slope is not None:
-                metrics[f"age_slope/layer{layer}/mean"] = mix.age_slope.detach().mean().item()
             gate = mix.gate()
             if gate is not None:
                 metrics[f"gate/layer{layer}/mean"] = gate.mean().item()

@@ -8,7 +8,7 @@ attention queries, keys, values  truncated normal, 1 / sqrt(fan-in)
 attention output, contract       the same, / sqrt(2 * num_layers): keeps the residual stream small
 expand                           truncated normal, 1 / sqrt(fan-in)
 norms                            1
-position bias, gate weight, age   0
+position bias, content gate      0
 log scale, gate bias             from the config
 ================================ =================================================================
 

@@ -30,7 +30,7 @@ class MemoryMix(nn.Module):
             if knn.combine != "joint"
             else None
         )
-        self.age_slope = nn.Parameter(torch.zeros(config.num_heads)) if knn.age_bias else None
+        self.age_slope = knn.age_slope
         self.gate_weight = (
             nn.Parameter(torch.zeros(config.num_heads, config.embed_dim))
             if knn.combine == "content_gate"
@@ -66,10 +66,9 @@ class MemoryMix(nn.Module):
             return local.output + self._zero()
         # a memory smaller than top_k is read whole
         top_k = min(self.top_k, store.memory_size)
-        if self.age_slope is None:
-            read = store.attend(queries, scale, top_k)
-        else:
-            read = store.attend(queries, scale, top_k, self.age_slope.float())
+        # stores of your own need not know of age, as long as it does not count
+        age = {"age_slope": self.age_slope} if self.age_slope else {}
+        read = store.attend(queries, scale, top_k, **age)
         if self.gate_bias is None:
             assert local.logsumexp is not None
             return merge_by_softmax([local.output, read.output], [local.logsumexp, read.logsumexp])

@@ -27,9 +27,9 @@ def gather_attend(
 ) -> Attended:
     """Attend to the retrieved entries only: softmax over the neighbours, then their values.
 
-    The gradient reaches `queries`, `scale` and `bias`, never `keys` and `values`. Backward gathers
-    again instead of keeping `[batch, heads, query, top_k, head_dim]` tensors; if the memory was
-    written in between, autograd refuses (commit after backward).
+    The gradient reaches `queries` and `scale`, never `keys` and `values`. Backward gathers again
+    instead of keeping `[batch, heads, query, top_k, head_dim]` tensors; if the memory was written
+    in between, autograd refuses (commit after backward).
 
     Args:
         queries: Queries before the scale.
@@ -38,7 +38,7 @@ def gather_attend(
         values: All slots of the memory.
         found: What the search returned for these queries; its scores are used as they are.
         bias: Added to the scores of retrieved entries, after the scale; it does not change which
-            entries are retrieved.
+            entries are retrieved, and gets no gradient.
         empty_as_zero: Whether a retrieved slot without an entry takes part in the softmax as a key
             and value of zeros, as in the authors' code, instead of being left out.
 
@@ -85,7 +85,6 @@ class _GatherAttend(torch.autograd.Function):
         for part, rows in _chunks(found.slots, values):
             output.flatten(0, 1)[part] = _weighted(weights_BHQK.flatten(0, 1)[part], values, rows)
         ctx.save_for_backward(queries, scale, keys, values, found.slots, scores, weights_BHQK)
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return output.to(queries.dtype), logsumexp
 
     @staticmethod
@@ -113,8 +112,7 @@ class _GatherAttend(torch.autograd.Function):
             grad_queries.flatten(0, 1)[part] = _weighted(
                 grad_scores_BHQK.flatten(0, 1)[part], keys, rows
             )
-        grad_bias = None if ctx.bias_dtype is None else grad_logits_BHQK.to(ctx.bias_dtype)
-        return grad_queries.to(queries.dtype), grad_scale, None, None, None, grad_bias, None
+        return grad_queries.to(queries.dtype), grad_scale, None, None, None, None, None
 
 
 def _chunks(slots_BHQK: Tensor, entries_BGND: Tensor) -> list[tuple[slice, Tensor]]:

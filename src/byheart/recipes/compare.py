@@ -27,7 +27,7 @@ def compare_memory() -> RunConfig:
             # small models match "what followed this token before" in their last layer, and a gate
             # that starts at 0.27 leaves local attention time to learn it
             gate_bias_init=-1.0,
-            knn_memory=KnnMemoryConfig(layers=(3,), memory_size=8192, top_k=32, age_bias=True),
+            knn_memory=KnnMemoryConfig(layers=(3,), memory_size=8192, top_k=32, age_slope=0.5),
         ),
         data=DataConfig(train="DOCUMENTS", tokenizer="bpe:1024"),
         training=TrainingConfig(

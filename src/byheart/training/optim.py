@@ -9,7 +9,7 @@ from byheart.training.config import TrainingConfig
 
 __all__ = ["make_optimizer", "parameter_groups", "schedule_arguments"]
 
-_SCALARS = ("log_scale", "gate_bias", "gate_weight", "position_bias", "age_slope")
+_SCALARS = ("log_scale", "gate_bias", "gate_weight", "position_bias")
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
