@@ -166,6 +166,37 @@ def compare_section(corpus: str) -> str | None:
     )
 
 
+def recurrent_section() -> str | None:
+    result = read("rmt.json")
+    if result is None:
+        return None
+    peaks = [
+        [
+            name,
+            f"{row['segments']:,}",
+            f"{row['peak_resident_mib']:,.0f}",
+            f"{row['seconds_per_segment'] * 1e3:.0f}",
+        ]
+        for name, rows in result["peaks"].items()
+        for row in rows
+    ]
+    times = [[name, f"{seconds * 1e3:.1f}"] for name, seconds in result["times"].items()]
+    ratios = [[name, f"{value:.3f}"] for name, value in result["ratios"].items()]
+    return "\n\n".join(
+        [
+            "## Recurrent memory: peak memory and time",
+            "GPT-2 with 4 layers, width 256 and 50,257 tokens; segments of 128 tokens, 8 memory "
+            "tokens, 2 rows. Training has a loss on every token. Peaks are of processes of their "
+            "own, Python and torch included; their times include the first, slow segments.",
+            table(["process", "segments", "peak (MiB)", "ms per segment"], peaks),
+            "In turns in one process, 8 segments:",
+            table(["run", "ms per segment (median)"], times),
+            table(["ratio", ""], ratios),
+            machine_line(result["machine"]),
+        ]
+    )
+
+
 def main() -> None:
     sections = [
         step_section(),
@@ -173,6 +204,7 @@ def main() -> None:
         recall_section(),
         compare_section("python"),
         compare_section("arxiv-math"),
+        recurrent_section(),
     ]
     text = "\n\n".join([INTRODUCTION.strip(), *(section for section in sections if section)])
     (HERE / "README.md").write_text(text + "\n", encoding="utf-8")
