@@ -309,6 +309,15 @@ def test_failures_exit_with_1_and_one_clear_line(command, run_dir, documents, tm
         assert not out
 
 
+def test_memory_size_of_a_loaded_memory_is_refused(command, run_dir, tmp_path):
+    code, out, err = command(
+        "generate", run_dir, "--prompt", "x", "--memory", tmp_path, "--memory-size", 8
+    )
+    assert code == 2
+    assert "--memory-size has no effect" in err
+    assert not out
+
+
 def test_a_model_refuses_another_tokenizer(command, run_dir, documents, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)

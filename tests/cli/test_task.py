@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from byheart.cli.main import main
+from byheart.cli.reproduce_generalization import PUBLISHED_GENERALIZATION
 
 RUN = [
     "--set=window=29", "--set=encoder.num_layers=1", "--set=encoder.embed_dim=14",
@@ -154,6 +155,59 @@ def test_reproduce_trains_once_and_compares_with_the_report(command, stories, tm
     assert "Going on with" in err
     assert again == out
     assert (tmp_path / "seed-1" / "model" / "recurrent_memory.safetensors").read_bytes() == weights
+
+
+def test_generalization_measures_every_stage_and_goes_on_by_itself(command, stories, tmp_path):
+    arguments = (
+        "reproduce", "generalization", "--task", "detect", "--quick", "--out", tmp_path,
+        "--seeds", 2, "--segments", "1,2,3", "--samples", 4, *RUN, EASY, *stories,
+    )  # fmt: skip
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    assert "| 1 | 2 runs |" in out
+    assert "|  | report | 100.0 | 100.0 | 99.7 |" in out
+    result = json.loads((tmp_path / "detect.json").read_text())
+    assert [stage["trained_on"] for stage in result["stages"]] == [1, 2]
+    assert result["segments"] == [1, 2, 3]
+    assert result["report"]["2"]["15"] == 0.275
+    assert (tmp_path / "detect.png").read_bytes().startswith(b"\x89PNG")
+    # a killed command finds the models that were measured, and measures the others
+    (tmp_path / "detect" / "seed-1" / "segments-stage-2.json").unlink()
+    kept = tmp_path / "detect" / "seed-0" / "segments-stage-1.json"
+    before = kept.read_bytes()
+    code, again, err = command(*arguments)
+    assert code == 0, err
+    assert "Going on with" in err
+    assert again == out
+    assert kept.read_bytes() == before
+    # the same runs serve the figure of long documents
+    code, out, err = command(
+        "reproduce", "detect", "--quick", "--out", tmp_path / "detect", "--seeds", 2,
+        "--segments", "1,2", "--samples", 4, "--no-plot", *RUN, EASY, *stories,
+    )  # fmt: skip
+    assert code == 0, err
+    assert err.count("Going on with") == 2
+    assert (tmp_path / "detect" / "seed-0" / "stages" / "2").is_dir()
+
+
+def test_generalization_without_any_stage_is_a_failure_with_a_remedy(command, stories, tmp_path):
+    code, out, err = command(
+        "reproduce", "generalization", "--quick", "--out", tmp_path, *RUN, *stories
+    )
+    assert code == 1
+    assert not out
+    assert "At least one stage must be reached to be measured. The stage of 1 of 2" in err
+
+
+def test_the_report_has_seven_stages_measured_on_fifteen_lengths():
+    assert set(PUBLISHED_GENERALIZATION) == {"memorize", "detect", "reason"}
+    for stages in PUBLISHED_GENERALIZATION.values():
+        assert list(stages) == list(range(1, 8))
+        for stage, row in stages.items():
+            assert list(row) == list(range(1, 16))
+            # every model has learned the length of its stage
+            assert 0.96 < row[stage] <= 1
+            assert min(row.values()) > 0.15
 
 
 def test_quick_changes_the_recipe_before_the_user_does(command, tmp_path):

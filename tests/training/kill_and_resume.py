@@ -114,6 +114,11 @@ def _attempt(
     return os.WIFSIGNALED(status), was_saving
 
 
+def _stages_of(out: Path) -> list[str]:
+    models = [load_task_run(out, stage=stage).memory_model for stage in (1, 2, 3)]
+    return [model_fingerprint(model) for model in models]
+
+
 def _require_equal(run: RunConfig | TaskRunConfig, whole: Path, out: Path) -> None:
     expected, found = metrics_of(whole), metrics_of(out)
     assert found == expected, f"{found} is not {expected}"
@@ -123,6 +128,7 @@ def _require_equal(run: RunConfig | TaskRunConfig, whole: Path, out: Path) -> No
     else:
         models = [load_task_run(path).memory_model for path in (whole, out)]
         assert numbers_of(out) == numbers_of(whole)
+        assert _stages_of(out) == _stages_of(whole)
     assert model_fingerprint(models[0]) == model_fingerprint(models[1])
 
 
@@ -136,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     folder, moments = options.folder, random.Random(options.seed)
     if options.task:
-        run = task_run()
+        run = task_run(curriculum={"keep_stages": True})
     else:
         run = run_config(
             folder, model={"dropout": 0.1}, max_steps=17, save_every=3, log_every=2,

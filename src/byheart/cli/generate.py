@@ -67,6 +67,9 @@ def generate(
     """Continue a text, with everything read before it in memory."""
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     reading = reading_options(folder_as, skip_bad, text_key, suffix)
+    if memory is not None and memory_size is not None:
+        msg = "--memory-size has no effect on a memory that is loaded with --memory. Leave it out."
+        raise typer.BadParameter(msg)
     decoder, tokenizer, _ = open_run(model, find_device(device))
     if memory is not None:
         state = decoder.load_state(memory)

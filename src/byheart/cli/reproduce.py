@@ -5,6 +5,7 @@ from collections.abc import Callable
 import typer
 
 from byheart.cli.reproduce_flops import flops
+from byheart.cli.reproduce_generalization import generalization
 from byheart.cli.reproduce_tasks import detect, memorize, reason
 
 FIGURES: dict[str, Callable[..., None]] = {
@@ -12,6 +13,7 @@ FIGURES: dict[str, Callable[..., None]] = {
     "memorize": memorize,
     "detect": detect,
     "reason": reason,
+    "generalization": generalization,
 }
 """What can be reproduced: a command per name."""
 

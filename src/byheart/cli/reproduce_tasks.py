@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from byheart.cli.common import err_console, find_device
+from byheart.cli.common import find_device
 from byheart.cli.reproduce_output import (
     JsonOption,
     OutOption,
@@ -16,16 +16,23 @@ from byheart.cli.reproduce_output import (
     show_output,
     write_output,
 )
-from byheart.cli.task import DEFAULT_SEGMENTS, evaluation_progress, measure_run, parse_segments
-from byheart.config import apply_overrides, write_text_atomic
-from byheart.errors import CheckpointError
-from byheart.recipes import TASK_RECIPES
+from byheart.cli.reproduce_runs import (
+    Name,
+    QuickOption,
+    SamplesOption,
+    SeedsOption,
+    SetOption,
+    learn_seeds,
+    make_run,
+    measure_once,
+    num_samples,
+)
+from byheart.cli.task import DEFAULT_SEGMENTS, measure_run, parse_segments
+from byheart.config import write_text_atomic
 from byheart.training.task_config import TaskRunConfig
 
 if TYPE_CHECKING:
     from byheart.evaluation.segments_result import SegmentsResult
-
-Name = Literal["memorize", "detect", "reason"]
 
 _LENGTHS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 PUBLISHED_ACCURACY: Mapping[Name, Mapping[int, float]] = {
@@ -46,31 +53,12 @@ Source:
     Figure 1: coordinates of the vector graphics.
 """
 
-# a few minutes on 2 CPU cores
-_QUICK = (
-    "curriculum.max_segments=4",
-    "curriculum.continue_steps=200",
-    "evaluation.segments=[1, 2, 4]",
-    "evaluation.samples=200",
-)
-_QUICK_SEGMENTS, _QUICK_SAMPLES = "1,2,4,8,16,32,64", 200
-_FULL_SEEDS, _FULL_SAMPLES = 3, 400
+_QUICK_SEGMENTS = "1,2,4,8,16,32,64"
 # as in the report's figure
 _ATTENTION_SEGMENTS = 4
 
-QuickOption = Annotated[bool, typer.Option("--quick", help="One seed, 4 segments: minutes.")]
-SeedsOption = Annotated[
-    int | None, typer.Option(min=1, help="Runs that differ in their seed; default: 3, quick: 1.")
-]
 SegmentsOption = Annotated[
     str | None, typer.Option(help="Lengths to measure; default: 1 to 4,096, quick: 1 to 64.")
-]
-SamplesOption = Annotated[
-    int | None, typer.Option(min=1, help="Documents of each length; default: 400, quick: 200.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change a field of the recipe: --set window=128. Repeatable."),
 ]
 
 
@@ -126,7 +114,8 @@ def reason(
 class _Plan:
     name: Name
     run: TaskRunConfig
-    seeds: int
+    quick: bool
+    seeds: int | None
     segments: tuple[int, ...]
     samples: int
 
@@ -139,18 +128,13 @@ def _plan(
     samples: int | None,
     overrides: list[str] | None,
 ) -> _Plan:
-    run = TASK_RECIPES[f"rmt-{name}"]()
-    try:
-        run = apply_overrides(run, [*(_QUICK if quick else ()), *(overrides or [])])
-    except (ValueError, TypeError) as error:
-        raise typer.BadParameter(str(error)) from error
-    lengths = segments or (_QUICK_SEGMENTS if quick else DEFAULT_SEGMENTS)
     return _Plan(
         name=name,
-        run=run,
-        seeds=seeds or (1 if quick else _FULL_SEEDS),
-        segments=parse_segments(lengths),
-        samples=samples or (_QUICK_SAMPLES if quick else _FULL_SAMPLES),
+        run=make_run(name, quick=quick, overrides=overrides),
+        quick=quick,
+        seeds=seeds,
+        segments=parse_segments(segments or (_QUICK_SEGMENTS if quick else DEFAULT_SEGMENTS)),
+        samples=num_samples(samples, quick=quick),
     )
 
 
@@ -161,10 +145,8 @@ def _reproduce(plan: _Plan, out: Path, *, plot: bool, as_json: bool) -> None:
 
     published = PUBLISHED_ACCURACY[plan.name]
     outcomes, measured = [], []
-    for seed in range(plan.seeds):
-        directory = out / f"seed-{seed}"
-        run = replace(plan.run, training=replace(plan.run.training, seed=seed))
-        outcomes.append(_train(run, directory))
+    for directory, outcome in learn_seeds(plan.run, out, plan.seeds, quick=plan.quick):
+        outcomes.append(outcome)
         measured.append(_measure(plan, directory))
     runs = RunsResult(runs=tuple(measured))
     table = runs.to_markdown(published)
@@ -210,54 +192,21 @@ def _write_attention(run: Path, out: Path, *, plot: bool) -> list[Path]:
     return files
 
 
-def _train(run: TaskRunConfig, directory: Path) -> str:
-    """Learn the task, go on with what was begun, or find that it is done.
-
-    Returns:
-        What became of it, in one sentence.
-    """
-    from byheart.training.checkpoint import find_checkpoint
-    from byheart.training.task_run import train_task
-
-    try:
-        begun = find_checkpoint(directory).step > 0
-    except CheckpointError:
-        begun = False  # it was killed before its first checkpoint
-    err_console.print(f"{'Going on with' if begun else 'Training'} {directory} ...", markup=False)
-    with evaluation_progress() as on_progress:
-        result = train_task(
-            run, directory, resume=begun, overwrite=not begun, on_progress=on_progress
-        )
-    err_console.print(result.summary, highlight=False)
-    return result.summary
-
-
 def _measure(plan: _Plan, directory: Path) -> "SegmentsResult":
-    """Measure a run, or find what was measured before of the same weights.
-
-    Returns:
-        Accuracy by length.
-    """
-    from byheart.evaluation.segments_result import SegmentsResult
-
     trained = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     settings = {
         "model_fingerprint": trained["model_fingerprint"],
         "segments": list(plan.segments),
         "samples": plan.samples,
     }
-    file = directory / "segments.json"
-    if file.is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["settings"] == settings:
-            return SegmentsResult.from_dict(content["result"])
-    result = measure_run(
-        directory,
-        plan.segments,
-        samples=plan.samples,
-        rows=plan.run.evaluation.rows,
-        device=str(find_device(None)),
-    )
-    content = {"settings": settings, "result": result.to_dict()}
-    write_text_atomic(file, json.dumps(content, indent=2) + "\n")
-    return result
+
+    def measure() -> "SegmentsResult":
+        return measure_run(
+            directory,
+            plan.segments,
+            samples=plan.samples,
+            rows=plan.run.evaluation.rows,
+            device=str(find_device(None)),
+        )
+
+    return measure_once(directory / "segments.json", settings, measure)

@@ -22,6 +22,7 @@ from byheart.training.task_config import TaskRunConfig
 if TYPE_CHECKING:
     from byheart.evaluation.segments import SegmentsProgress
     from byheart.evaluation.segments_result import SegmentsResult
+    from byheart.training.task_run import TrainedTask
 
 DEFAULT_SEGMENTS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096"
 
@@ -133,10 +134,28 @@ def measure_run(
     Returns:
         Accuracy by length.
     """
-    from byheart.evaluation.segments import evaluate_by_segments
     from byheart.training.task_run import load_task_run
 
-    trained = load_task_run(run)
+    return measure_trained(load_task_run(run), segments, samples=samples, rows=rows, device=device)
+
+
+def measure_trained(
+    trained: "TrainedTask", segments: Sequence[int], *, samples: int, rows: int, device: str
+) -> "SegmentsResult":
+    """Measure the accuracy of what a run has left, with a progress bar.
+
+    Args:
+        trained: Model and documents.
+        segments: Lengths of the documents.
+        samples: Documents of each length.
+        rows: Documents read at the same time.
+        device: Where to.
+
+    Returns:
+        Accuracy by length.
+    """
+    from byheart.evaluation.segments import evaluate_by_segments
+
     with evaluation_progress() as on_progress:
         return evaluate_by_segments(
             trained.memory_model.to(device),

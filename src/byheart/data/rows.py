@@ -25,11 +25,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from byheart.errors import DataError
+from byheart.ops.losses import IGNORED
 
 __all__ = ["Corpus", "RowPlan", "RowPosition", "SegmentDataset", "collate"]
 
-IGNORED_LABEL = -100
-"""Label of positions without a prediction, as `torch.nn.functional.cross_entropy` has it."""
 _MIN_TOKENS = 2
 
 
@@ -296,7 +295,7 @@ class SegmentDataset(Dataset[dict[str, Tensor]]):
         position = self.plan.position(step, row)
         length = self.plan.segment_length
         input_ids = torch.zeros(length, dtype=torch.int64)
-        labels = torch.full((length,), IGNORED_LABEL, dtype=torch.int64)
+        labels = torch.full((length,), IGNORED, dtype=torch.int64)
         num_tokens = 0
         if position is not None:
             end = int(self.plan.document_tokens[position.document])

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from byheart.evaluation.plots import figure_axes, line_style
 from byheart.evaluation.segments_result import RunsResult
@@ -15,6 +16,7 @@ def plot_accuracy_by_segments(
     path: str | os.PathLike[str],
     *,
     references: Mapping[str, Mapping[int, float]] | None = None,
+    scale: Literal["log", "linear"] = "log",
 ) -> Path:
     """Plot the accuracy against the number of segments, one line per entry.
 
@@ -25,6 +27,7 @@ def plot_accuracy_by_segments(
         path: The PNG file to write; its folder must exist.
         references: Published accuracy by number of segments, by the name of its line; dashed, in
             the colours of `lines` in the same order.
+        scale: Of the lengths: powers of two, or as they are.
 
     Returns:
         The path of the file.
@@ -56,8 +59,10 @@ def plot_accuracy_by_segments(
         chance = 100 / next(iter(lines.values())).runs[0].num_labels
         axes.axhline(chance, color="#808080", linestyle=":", linewidth=1.2, label="chance")
         ticks = sorted(shown)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{count:,}" for count in ticks], rotation=45)
+        if scale == "log":
+            axes.set_xscale("log", base=2)
+        rotation = 45 if scale == "log" else 0
+        axes.set_xticks(ticks, [f"{count:,}" for count in ticks], rotation=rotation)
         axes.minorticks_off()
         axes.set(
             xlabel="length of the document (segments)",

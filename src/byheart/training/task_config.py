@@ -184,6 +184,9 @@ class CurriculumConfig:
     """Steps that a stage may take; then the run ends, and says which stage was not reached."""
     continue_steps: int = 500
     """Steps after the last stage has been reached: accuracy on longer documents still rises."""
+    keep_stages: bool = False
+    """Whether the model is kept as it was when each stage was reached. That is a whole model per
+    stage: 3 GB for a BERT and 7 stages, and only their comparison needs it."""
 
     def __post_init__(self) -> None:
         for name, least in (

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,9 +32,10 @@ from byheart.training.checkpoint import (
 from byheart.training.curriculum import Curriculum, Outcome
 from byheart.training.resumable import METRICS
 from byheart.training.run import refuse_existing
+from byheart.training.stages import STAGES, kept_stages, remove_stages, stage_directory
 from byheart.training.task_config import TaskRunConfig
 from byheart.training.task_model import TaskTokenizer, make_memory_model, make_task, make_tokenizer
-from byheart.training.task_trainer import TaskTrainer
+from byheart.training.task_trainer import TaskTrainer, load_curriculum
 
 __all__ = ["TaskResult", "TrainedTask", "load_task_run", "train_task"]
 
@@ -105,12 +106,12 @@ class TaskResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedTask:
-    """What a finished run has left."""
+    """What a run has left."""
 
     run: TaskRunConfig
     """Its config."""
     memory_model: RecurrentMemory
-    """The trained model, in evaluation mode."""
+    """The trained model, or that of a stage, in evaluation mode."""
     task: Task
     """Documents with held-out facts, which the run has not been steered by."""
 
@@ -127,15 +128,17 @@ def train_task(
     """Learn a task, or go on where a killed or stopped run was.
 
     The directory then holds `config.json`, `tokenizer/`, `metrics.jsonl`, `checkpoint-N/`,
-    `model/`, `result.json` and, if TensorBoard is installed, `tensorboard/`. Under `torchrun` each
+    `model/`, `result.json`, with `curriculum.keep_stages` a model `stages/N/` for each stage that
+    was reached and, if TensorBoard is installed, `tensorboard/`. Under `torchrun` each
     process takes its part of the documents; all must see the same directory.
 
     Args:
         run: What to do.
         out_dir: Directory of the run.
         resume: Go on from the newest complete checkpoint. The result is that of a run that was
-            never interrupted. How often to log and save and the final evaluation may differ, and
-            `stage_steps` and `continue_steps` may be higher.
+            never interrupted. How often to log and save and the final evaluation may differ,
+            `stage_steps` and `continue_steps` may be higher, and stages be kept from now on if
+            none was reached, or no longer.
         overwrite: Remove the run that is in the directory.
         on_event: Called in the main process for each log line, evaluation and checkpoint.
         on_progress: Called during the final evaluation.
@@ -144,7 +147,8 @@ def train_task(
         What was made.
 
     Raises:
-        ValueError: If the directory holds a run and it is not said what to do with it.
+        ValueError: If the directory holds a run and it is not said what to do with it, or stages
+            are to be kept that are past.
         CheckpointError: If there is no complete checkpoint to resume from, it belongs to another
             run, or something cannot be written.
         TrainingInterruptedError: If SIGINT or SIGTERM came; a checkpoint is written.
@@ -168,10 +172,11 @@ def train_task(
         if checkpoint is not None:
             checkpoint.require_same(identity)
             _check_lengths(run, out)
+            _check_stages(run, out, checkpoint)
         train = make_task(run, tokenizer.tokenizer, is_training=True, seed=run.training.seed)
         _check_shortest(run, train)
         if is_main:
-            _begin_directory(out, run, tokenizer, resume=resume)
+            _begin_directory(out, run, tokenizer, checkpoint)
     trainer = _train(run, tokenizer, train, arguments, identity, checkpoint, on_event)
     if is_main:
         with explained_write_errors(out / MODEL):
@@ -184,29 +189,34 @@ def train_task(
     return result
 
 
-def load_task_run(run_dir: str | os.PathLike[str]) -> TrainedTask:
-    """Load what a finished run has left.
+def load_task_run(run_dir: str | os.PathLike[str], *, stage: int | None = None) -> TrainedTask:
+    """Load what a run has left.
 
     Args:
         run_dir: Directory of the run.
+        stage: Segments of the stage whose model is wanted, as it was when the stage was reached;
+            the run may be unfinished. `None` for the model of the finished run.
 
     Returns:
         Model and documents.
 
     Raises:
-        CheckpointError: If the run is not finished.
+        CheckpointError: If the run is not finished, or has not kept the stage.
     """
     directory = Path(run_dir)
-    if not (directory / MODEL).is_dir():
+    if stage is not None:
+        _require_stage(directory, stage)
+    elif not (directory / MODEL).is_dir():
         msg = (
             f"{directory} must hold a finished run with {MODEL}/ and {_TOKENIZER}/. Finish it with "
             "resume=True (--resume), or name the directory of another."
         )
         raise CheckpointError(msg)
+    model = directory / MODEL if stage is None else stage_directory(directory, stage)
     run = load_config(TaskRunConfig, directory / _CONFIG)
     return TrainedTask(
         run=run,
-        memory_model=load_recurrent(None, directory / MODEL),
+        memory_model=load_recurrent(None, model),
         task=_final_task(run, load_tokenizer(directory / _TOKENIZER)),
     )
 
@@ -244,7 +254,7 @@ def _identity(run: TaskRunConfig, tokenizer: TaskTokenizer, num_processes: int) 
         del plain[name]
     for part, names in (
         ("training", ("save_every", "keep_checkpoints", "log_every")),
-        ("curriculum", _FREE_TO_RAISE),
+        ("curriculum", (*_FREE_TO_RAISE, "keep_stages")),
     ):
         for name in names:
             del plain[part][name]
@@ -264,6 +274,37 @@ def _check_lengths(run: TaskRunConfig, out: Path) -> None:
             raise ValueError(msg)
 
 
+def _check_stages(run: TaskRunConfig, out: Path, checkpoint: Checkpoint) -> None:
+    reached = _reached(run, checkpoint)
+    missing = [n for n in reached if n not in kept_stages(out)]
+    if run.curriculum.keep_stages and missing:
+        msg = (
+            f"curriculum.keep_stages must be false for {out}: it has reached the stages "
+            f"{_listed(missing)} without keeping them. Resume it so, or start anew with another "
+            "directory or overwrite=True."
+        )
+        raise ValueError(msg)
+
+
+def _require_stage(directory: Path, stage: int) -> None:
+    kept = kept_stages(directory)
+    if stage not in kept:
+        msg = (
+            f"{directory} must hold the model of stage {stage}, it has kept those of stages "
+            f"{_listed(kept) or 'none'}. Train with curriculum.keep_stages=true until the stage is "
+            "reached, or name another."
+        )
+        raise CheckpointError(msg)
+
+
+def _reached(run: TaskRunConfig, checkpoint: Checkpoint) -> list[int]:
+    return [e.num_segments for e in load_curriculum(checkpoint, run.curriculum).reached]
+
+
+def _listed(stages: Sequence[int]) -> str:
+    return ", ".join(map(str, stages))
+
+
 def _check_shortest(run: TaskRunConfig, train: Task) -> None:
     for name, shortest in (
         ("curriculum.min_segments", run.curriculum.min_segments),
@@ -278,16 +319,19 @@ def _check_shortest(run: TaskRunConfig, train: Task) -> None:
 
 
 def _begin_directory(
-    out: Path, run: TaskRunConfig, tokenizer: TaskTokenizer, *, resume: bool
+    out: Path, run: TaskRunConfig, tokenizer: TaskTokenizer, checkpoint: Checkpoint | None
 ) -> None:
     with explained_write_errors(out / _CONFIG):
         out.mkdir(parents=True, exist_ok=True)
         (out / _RESULT).unlink(missing_ok=True)
-        if not resume:
+        if checkpoint is not None:
+            # those that the run will come to again
+            remove_stages(out, but=_reached(run, checkpoint))
+        else:
             # only what a run writes: the directory may be somebody's home
             remove_checkpoints(out)
             (out / METRICS).unlink(missing_ok=True)
-            for name in (MODEL, _TOKENIZER, _TENSORBOARD):
+            for name in (MODEL, STAGES, _TOKENIZER, _TENSORBOARD):
                 shutil.rmtree(out / name, ignore_errors=True)
             tokenizer.tokenizer.save(out / _TOKENIZER)
         save_config(run, out / _CONFIG)

@@ -17,12 +17,19 @@ from byheart.data.tasks import Task, collate
 from byheart.evaluation.segments import count_right
 from byheart.memory.files import load_directory, save_directory
 from byheart.training.callbacks import TrainEvent
-from byheart.training.checkpoint import MODEL, Checkpoint, load_memory, save_memory
+from byheart.training.checkpoint import (
+    MODEL,
+    Checkpoint,
+    explained_write_errors,
+    load_memory,
+    save_memory,
+)
 from byheart.training.curriculum import Curriculum
 from byheart.training.resumable import ResumableTrainer
-from byheart.training.task_config import TaskRunConfig
+from byheart.training.stages import stage_directory
+from byheart.training.task_config import CurriculumConfig, TaskRunConfig
 
-__all__ = ["CURRICULUM", "TaskTrainer"]
+__all__ = ["CURRICULUM", "TaskTrainer", "load_curriculum"]
 
 CURRICULUM = "curriculum.json"
 
@@ -172,7 +179,10 @@ class TaskTrainer(ResumableTrainer):
             )
         total = self._add_up(torch.tensor(float(right), device=self.args.device)).item()
         accuracy = total / samples
+        before = len(self.curriculum.reached)
         self.curriculum = self.curriculum.record(self.state.global_step, accuracy)
+        if self.run.curriculum.keep_stages and len(self.curriculum.reached) > before:
+            self._keep_stage(num_segments)
         logs: dict[str, float | int] = {
             "evaluation/num_segments": num_segments,
             "evaluation/accuracy": accuracy,
@@ -183,6 +193,14 @@ class TaskTrainer(ResumableTrainer):
         if self._is_done(self.state.global_step):
             self.control.should_save = self.control.should_training_stop = True
         return logs
+
+    def _keep_stage(self, num_segments: int) -> None:
+        # before the checkpoint of this step: a run that goes on from there has the stage, and one
+        # that goes on from an earlier checkpoint comes here again
+        path = stage_directory(self.out_dir, num_segments)
+        if self.is_world_process_zero():
+            with self._meter.paused(), explained_write_errors(path):
+                self.memory_model.save_pretrained(path, with_model=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace the Trainer's numbers by exact ones, and write them everywhere.
@@ -202,8 +220,7 @@ class TaskTrainer(ResumableTrainer):
         self.curriculum = Curriculum(config=self.run.curriculum)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        saved = json.loads((checkpoint.path / CURRICULUM).read_text(encoding="utf-8"))
-        self.curriculum = Curriculum.from_list(self.run.curriculum, saved["evaluations"])
+        self.curriculum = load_curriculum(checkpoint, self.run.curriculum)
         _, sums = load_memory(checkpoint.path, [], self.args.process_index)
         self._meter.load_state(sums)
 
@@ -236,6 +253,20 @@ class TaskTrainer(ResumableTrainer):
         with torch.no_grad():
             for name, parameter in self.memory_model.named_parameters():
                 parameter.copy_(weights[name])
+
+
+def load_curriculum(checkpoint: Checkpoint, config: CurriculumConfig) -> Curriculum:
+    """Read how far a run had come.
+
+    Args:
+        checkpoint: Of the run.
+        config: Its stages.
+
+    Returns:
+        The curriculum at the step of the checkpoint.
+    """
+    saved = json.loads((checkpoint.path / CURRICULUM).read_text(encoding="utf-8"))
+    return Curriculum.from_list(config, saved["evaluations"])
 
 
 class _LastStep(TrainerCallback):  # type: ignore[misc]
