@@ -1,11 +1,13 @@
 """What cannot be honoured is refused, with the reason and a remedy."""
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
 import transformers
 
+from byheart.adapters.families import model_kind
 from byheart.errors import CheckpointError, MemoryStateError
 
 SMALL = {
@@ -71,6 +73,11 @@ def test_a_window_that_is_too_small_names_the_segment_length_that_fits(
     with pytest.raises(ValueError, match=rf"window of 64 positions.* at most {most}\."):
         wrap(model, segment_length=most + 1, **specials)
     assert wrap(model, segment_length=most, **specials)(draw(1, most)).logits.isfinite().all()
+
+
+def test_memory_that_leaves_no_place_for_text_is_named(tiny_model, wrap):
+    with pytest.raises(ValueError, match=r"window of 64 positions.*Use fewer memory tokens"):
+        wrap(tiny_model("gpt2"), num_memory_tokens=32)
 
 
 def test_the_reports_window_holds_499_tokens_of_text(wrap):
@@ -166,6 +173,41 @@ def test_models_of_other_kinds_are_refused(name, settings, wrap):
         wrap(getattr(transformers, name)(config))
 
 
+@pytest.mark.parametrize(
+    ("around", "name"), [(str, "str"), (torch.nn.DataParallel, "DataParallel")]
+)
+def test_what_is_no_model_itself_is_refused(around, name, tiny_model):
+    # as a user calls it, whose types nothing checks before
+    kind = inspect.unwrap(model_kind)
+    with pytest.raises(TypeError, match=rf"got {name}\. Pass the model itself"):
+        kind(around(tiny_model("gpt2")))
+
+
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "BertGenerationDecoder"])
+def test_a_language_model_that_looks_ahead_is_refused(name, wrap, draw):
+    def build(**changes):
+        config = "BertConfig" if name == "BertLMHeadModel" else "BertGenerationConfig"
+        return getattr(transformers, name)(getattr(transformers, config)(**SMALL, **changes))
+
+    with pytest.raises(ValueError, match=rf"got {name}\. Set is_decoder=True in its config"):
+        wrap(build(is_decoder=False))
+    memory_model = wrap(build(is_decoder=True))
+    ids = draw(1, 9)
+    changed = ids.clone()
+    changed[0, 5] = 3 + ids[0, 5] % 40
+    before, after = (memory_model(tokens).logits for tokens in (ids, changed))
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.equal(before[:, 5:], after[:, 5:])
+
+
+@pytest.mark.parametrize("name", ["ConvBert", "FNet", "MobileBert", "Nystromformer", "Yoso"])
+def test_encoders_that_mix_padding_with_text_are_refused(name, wrap):
+    settings = {**SMALL, "embedding_size": 16}
+    config = getattr(transformers, f"{name}Config")(**settings)
+    with pytest.raises(ValueError, match="mixes it with the text"):
+        wrap(getattr(transformers, f"{name}ForSequenceClassification")(config))
+
+
 def test_a_model_that_pools_positions_is_refused(wrap, draw):
     config = transformers.FunnelConfig(
         vocab_size=43, block_sizes=[1, 1], d_model=16, n_head=2, d_head=8, d_inner=24
@@ -195,6 +237,14 @@ def test_unknown_tokens_are_refused(token, decoder, draw):
         decoder(ids)
 
 
+@pytest.mark.parametrize("change", [lambda ids: ids[0], lambda ids: ids.float()])
+def test_what_is_no_batch_of_tokens_is_refused(change, decoder, draw):
+    # as a user calls it, whose arguments nothing checks before
+    forward = inspect.unwrap(type(decoder).forward)
+    with pytest.raises(ValueError, match=r"whole numbers of the shape \[batch, tokens\], got \["):
+        forward(decoder, change(draw(2, 9)))
+
+
 def test_a_mask_with_holes_is_refused(decoder, draw):
     mask = torch.ones(3, 9).long()
     mask[2, 4] = 0
@@ -216,7 +266,7 @@ def test_a_row_without_text_is_refused_where_each_row_has_an_answer(name, reques
         memory_model(draw(2, 9), attention_mask=mask, labels=labels)
 
 
-def test_labels_on_no_token_are_refused(decoder, seq2seq, draw):
+def test_labels_on_no_token_are_refused(decoder, encoder, seq2seq, draw):
     ids, none = draw(2, 9), torch.full((2, 9), -100)
     with pytest.raises(ValueError, match="got none after moving them by one"):
         decoder(ids, labels=none)
@@ -224,6 +274,8 @@ def test_labels_on_no_token_are_refused(decoder, seq2seq, draw):
         decoder(ids, targets=none)
     with pytest.raises(ValueError, match=r"not -100, got none\."):
         seq2seq(ids, labels=none)
+    with pytest.raises(ValueError, match="At least one row must have a label that is not -100"):
+        encoder(ids, labels=none[:, 0])
     first = none.clone()
     first[:, 0] = 5  # nothing predicts the first token
     with pytest.raises(ValueError, match="got none after moving them by one"):
@@ -247,6 +299,14 @@ def test_labels_of_another_shape_are_refused(decoder, draw):
 def test_labels_for_other_rows_are_refused(encoder, draw):
     with pytest.raises(ValueError, match=r"one entry per row \(2\), got 3"):
         encoder(draw(2, 9), labels=torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"), [(torch.ones(2, 5).long(), r"\[2\]"), (torch.ones(2), r"\[2, 5\]")]
+)
+def test_labels_of_another_shape_are_refused_by_a_classifier(labels, expected, encoder, draw):
+    with pytest.raises(ValueError, match=rf"labels must have the shape {expected}, got \[2"):
+        encoder(draw(2, 9), labels=labels)
 
 
 def test_labels_and_targets_exclude_each_other(decoder, draw):

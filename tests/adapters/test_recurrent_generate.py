@@ -5,6 +5,7 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -178,6 +179,14 @@ def test_encode_needs_an_encoder(decoder):
     [
         ({"num_beams": 3}, "num_beams cannot be honoured across segments"),
         ({"num_return_sequences": 2}, "num_return_sequences cannot be honoured"),
+        ({"repetition_penalty": 1.2}, r"repetition_penalty .* got 1.2; use repetition_penalty=1.0"),
+        ({"no_repeat_ngram_size": 1}, "no_repeat_ngram_size cannot be honoured"),
+        ({"stopping_criteria": [max]}, "stopping_criteria cannot be honoured"),
+        (
+            {"generation_config": GenerationConfig(eos_token_id=3)},
+            "give its options by their names",
+        ),
+        ({"return_dict_in_generate": True}, "leave return_dict_in_generate out"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"attention_mask": torch.zeros(1, 3)}, "must have at least one token to continue"),
         ({"attention_mask": torch.tensor([[1, 0, 1]])}, "row 0 has holes"),
@@ -186,6 +195,18 @@ def test_encode_needs_an_encoder(decoder):
 def test_what_cannot_be_honoured_is_refused(decoder, options, message):
     with pytest.raises(ValueError, match=message):
         decoder.generate(torch.ones(1, 3, dtype=torch.long), **{"max_new_tokens": 2, **options})
+
+
+def test_what_the_models_own_options_ask_for_is_refused_too(decoder):
+    ids = torch.ones(1, 3, dtype=torch.long)
+    decoder.model.generation_config.repetition_penalty = 1.1
+    decoder.model.generation_config.max_length = 20
+
+    with pytest.raises(ValueError, match="repetition_penalty cannot be honoured"):
+        decoder.generate(ids, max_new_tokens=2)
+
+    new, _ = decoder.generate(ids, max_new_tokens=9, repetition_penalty=1.0)
+    assert torch.equal(new, by_recomputation(decoder, ids, 9))
 
 
 def test_other_alignment_is_refused():

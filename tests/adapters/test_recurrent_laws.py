@@ -277,6 +277,7 @@ def test_a_classifier_has_the_losses_of_its_base_model(tiny_model, wrap, draw):
     ids = draw(3, 7)
     for num_labels, problem, labels in (
         (4, None, torch.tensor([0, 3, 1])),
+        (4, None, torch.tensor([0, -100, 1])),
         (1, None, torch.tensor([0.5, -1.0, 2.0])),
         (4, None, torch.rand(3, 4).round()),
         (4, "regression", torch.rand(3, 4)),
@@ -285,3 +286,18 @@ def test_a_classifier_has_the_losses_of_its_base_model(tiny_model, wrap, draw):
         model = tiny_model("bert", num_labels=num_labels, problem_type=problem)
         mine = wrap(model, num_memory_tokens=0)(ids, labels=labels).loss
         close(mine, model(input_ids=ids, labels=labels).loss)
+
+
+@pytest.mark.parametrize(("kept", "read"), [(0, 2), (1, 3)])
+def test_an_unfinished_segment_is_read_only_if_something_is_wanted_of_it(
+    kept, read, tiny_model, wrap, draw
+):
+    memory_model = wrap(tiny_model("gpt2"))
+    calls = []
+    memory_model.model.register_forward_hook(lambda *_: calls.append(1))
+
+    out = memory_model(draw(2, 2 * 7 + 3), logits_to_keep=kept)
+
+    assert len(calls) == read
+    assert out.new_entries.num_segments.tolist() == [2, 2]
+    assert out.new_entries.num_pending.tolist() == [3, 3]

@@ -26,6 +26,12 @@ texts, or in both directions with a decoder that answers."""
 # they multiply what they look up themselves, and what is given to them not at all
 _SCALED_OUTSIDE = ("blenderbot-small", "falcon_h1", "mvp", "pegasus")
 
+# among transformers' causal language models, but tokens see those behind them
+_LOOK_AHEAD = ("bert-generation", "xlnet")
+
+# they pass what is in the places of padding on to the text beside it
+_MIX_PADDING = ("convbert", "fnet", "mobilebert", "nystromformer", "yoso")
+
 _SUPPORTED = (
     "a causal language model (of Hugging Face, or a byheart Decoder), an encoder for sequence "
     "classification, or an encoder-decoder for conditional generation"
@@ -43,15 +49,23 @@ def model_kind(model: PreTrainedModel | Decoder) -> Kind:
 
     Raises:
         ValueError: If it is no model that recurrent memory can be put around.
+        TypeError: If it is no model, or a wrapper around one.
     """
     if isinstance(model, Decoder):
         return "decoder"
-    name, family = type(model).__name__, model.config.model_type
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        msg = (
+            f"model must be {_SUPPORTED}, got {name}. Pass the model itself, not what was put "
+            "around it."
+        )
+        raise TypeError(msg)
+    family = model.config.model_type
     if model.config.is_encoder_decoder and name.endswith("ForConditionalGeneration"):
         return "encoder-decoder"
-    if name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family) and (
-        family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model.config.is_decoder
-    ):
+    is_language_model = name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
+    looks_ahead = family in MODEL_FOR_MASKED_LM_MAPPING_NAMES or family in _LOOK_AHEAD
+    if is_language_model and (not looks_ahead or getattr(model.config, "is_decoder", False)):
         return "decoder"
     if (
         name.endswith("ForSequenceClassification")
@@ -59,7 +73,8 @@ def model_kind(model: PreTrainedModel | Decoder) -> Kind:
         and not model.config.is_encoder_decoder
     ):
         return "encoder"
-    msg = f"model must be {_SUPPORTED}, got {name}. Load the model with its head."
+    remedy = "Set is_decoder=True in its config" if is_language_model else "Load it with its head"
+    msg = f"model must be {_SUPPORTED}, got {name}. {remedy}, or take another."
     raise ValueError(msg)
 
 
@@ -103,8 +118,8 @@ def require_fits(model: PreTrainedModel | Decoder, config: RecurrentMemoryConfig
 
     Raises:
         ValueError: If the window is too small, local attention would cut the memory off, hidden
-            states do not fit into the embedding, the model scales its embeddings outside of them,
-            or special tokens stand around a decoder's memory.
+            states do not fit into the embedding, the model scales its embeddings outside of them
+            or mixes padding with text, or special tokens stand around a decoder's memory.
     """
     kind = model_kind(model)
     if kind == "decoder" and config.num_special_tokens:
@@ -133,6 +148,12 @@ def _require_embedding(model: PreTrainedModel) -> None:
         )
         raise ValueError(msg)
     family = model.config.model_type
+    if family in _MIX_PADDING:
+        msg = (
+            f"Padding must change nothing, but {family} mixes it with the text, so that rows would "
+            "depend on the others of their batch. Use another encoder."
+        )
+        raise ValueError(msg)
     scale = getattr(model.config, "embedding_multiplier", 1.0)
     if family in _SCALED_OUTSIDE and (scale != 1.0 or getattr(model.config, "scale_embedding", 0)):
         msg = (
@@ -150,18 +171,29 @@ def _require_window(model: PreTrainedModel, config: RecurrentMemoryConfig, kind:
             f"Segment, memory and special tokens must fit into the window of {positions} "
             f"positions, got {needed}: {config.segment_length} text, {config.num_memory_tokens} "
             f"memory{' (twice)' if kind == 'decoder' else ''}, {config.num_special_tokens} "
-            "special. "
-            f"Set segment_length to at most {config.segment_length - needed + positions}."
+            f"special. {_shorten(config, needed - positions)}"
         )
         raise ValueError(msg)
     reach = attention_reach(model)
     if config.num_memory_tokens and reach is not None and needed > reach:
         msg = (
             f"All of a window must see the memory, but a layer of {type(model).__name__} looks "
-            f"only {reach} positions far, and the window has {needed}. Set segment_length to at "
-            f"most {config.segment_length - needed + reach}."
+            f"only {reach} positions far, and the window has {needed}. "
+            f"{_shorten(config, needed - reach)}"
         )
         raise ValueError(msg)
+
+
+def _shorten(config: RecurrentMemoryConfig, excess: int) -> str:
+    """Say how to make a window smaller by so many positions.
+
+    Returns:
+        A sentence.
+    """
+    fitting = config.segment_length - excess
+    if fitting < 1:
+        return "Use fewer memory tokens: they leave no place for text."
+    return f"Set segment_length to at most {fitting}."
 
 
 def _require_ids(model: PreTrainedModel, config: RecurrentMemoryConfig) -> None:

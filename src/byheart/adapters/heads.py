@@ -1,5 +1,6 @@
 """What is wanted of each segment, and what the outputs of all segments amount to."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -180,17 +181,19 @@ class LanguageHead:
         like = next(part for part in parts if part is not None)
         shape = (len(self.text.num_tokens), self.text.num_columns - first_column)
         placed = like.new_zeros(*shape, *like.shape[2:])
-        taken = []
+        places, taken = [], []
         for step, part in zip(steps, parts, strict=True):
             if part is None:
                 continue
-            is_new, columns = new_columns(self.text, step, part.device)
+            is_new, columns = new_columns(self.text, step)
             kept = is_new & (columns >= first_column)
-            rows = step.row_ids(part)[:, None].expand_as(columns)
-            taken.append((rows[kept], columns[kept] - first_column, part[kept]))
+            rows = torch.tensor(step.rows)[:, None].expand_as(columns)
+            places.append((rows[kept], columns[kept] - first_column))
+            values = part.flatten(0, 1)
+            taken.append(values if kept.all() else values[kept.flatten().to(part.device)])
         # all at once: each time costs a copy of the whole
-        rows, columns, values = (torch.cat(group) for group in zip(*taken, strict=True))
-        return placed.index_put((rows, columns), values)
+        rows, columns = (torch.cat(group).to(placed.device) for group in zip(*places, strict=True))
+        return placed.index_put((rows, columns), torch.cat(taken))
 
 
 class ClassifierHead:
@@ -224,9 +227,8 @@ class ClassifierHead:
         logits = _of_last_segments(steps, outputs)
         if self.labels is None:
             return {"logits": logits}
-        losses = _class_losses(logits.float(), self.labels, is_regression=self.is_regression)
-        loss = losses.mean() if num_items is None else losses.sum() / num_items
-        return {"loss": loss, "logits": logits}
+        total, count = _class_loss(logits.float(), self.labels, is_regression=self.is_regression)
+        return {"loss": total / (count if num_items is None else num_items), "logits": logits}
 
 
 class AnswerHead:
@@ -359,14 +361,34 @@ def _shifted(labels: Tensor, text: RowText) -> Tensor:
     return moved.masked_fill(columns == ends[:, None].to(labels.device) - 1, IGNORED)
 
 
-def _class_losses(logits: Tensor, labels: Tensor, *, is_regression: bool) -> Tensor:
-    """Compute the losses that Hugging Face's classifiers compute for such labels.
+def _class_loss(
+    logits: Tensor, labels: Tensor, *, is_regression: bool
+) -> tuple[Tensor, Tensor | int]:
+    """Compute the loss that Hugging Face's classifiers compute for such labels.
 
     Returns:
-        One per row, or per row and class.
+        Its sum over rows, or rows and classes, and how many of them have a label.
+
+    Raises:
+        ValueError: If the labels are of another shape, or no row has one.
     """
-    if logits.shape[1] == 1 or is_regression:
-        return functional.mse_loss(logits, labels.float().view_as(logits), reduction="none")
-    if labels.dtype.is_floating_point:
-        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    return functional.cross_entropy(logits, labels.view(-1), reduction="none")
+    is_mean_square = logits.shape[1] == 1 or is_regression
+    per_class = is_mean_square or labels.dtype.is_floating_point
+    expected = list(logits.shape) if per_class else [len(logits)]
+    if labels.numel() != math.prod(expected):
+        msg = (
+            f"labels must have the shape {expected}, got {list(labels.shape)}: one class per row, "
+            "or for regression and several classes at once a float for each class."
+        )
+        raise ValueError(msg)
+    if per_class:
+        labels = labels.float().view_as(logits)
+        if is_mean_square:
+            return functional.mse_loss(logits, labels, reduction="sum"), labels.numel()
+        loss = functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        return loss, labels.numel()
+    labelled = labels != IGNORED
+    if not bool(labelled.any()):
+        msg = f"At least one row must have a label that is not {IGNORED}, got none."
+        raise ValueError(msg)
+    return functional.cross_entropy(logits, labels.view(-1), reduction="sum"), labelled.sum()

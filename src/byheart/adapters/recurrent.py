@@ -58,6 +58,9 @@ class RecurrentMemory(nn.Module):
         Bulatov, Kuratov, Burtsev 2022 (arXiv:2207.06881) and 2023 (arXiv:2304.11062).
     """
 
+    accepts_loss_kwargs = True
+    """For transformers' `Trainer`: give `num_items_in_batch` to `forward`."""
+
     def __init__(self, model: PreTrainedModel | Decoder, config: RecurrentMemoryConfig) -> None:
         """Put memory around a model.
 
@@ -87,6 +90,11 @@ class RecurrentMemory(nn.Module):
     def config(self) -> Any:
         """The config of the model inside."""
         return self.model.config
+
+    @property
+    def loss_type(self) -> str | None:
+        """The loss of the model inside, by which transformers' `Trainer` counts the labels."""
+        return getattr(self.model, "loss_type", None)
 
     @property
     def layout(self) -> RecurrentLayout:
@@ -274,6 +282,13 @@ class RecurrentMemory(nn.Module):
         make: Callable[[RowText], Head],
         num_items: Tensor | int | None,
     ) -> tuple[dict[str, Tensor], NewMemory]:
+        if input_ids.ndim != 2 or input_ids.dtype.is_floating_point:
+            msg = (
+                f"input_ids must be whole numbers of the shape [batch, tokens], got "
+                f"{list(input_ids.shape)} of {input_ids.dtype}. Give a single text as "
+                "input_ids[None]."
+            )
+            raise ValueError(msg)
         if state is None:
             state = self.new_state(len(input_ids))
         self.layout.require_same(state.layout, "The memory state")
@@ -290,7 +305,10 @@ class RecurrentMemory(nn.Module):
             config.alignment,
             every_row=before.inner is not None,
         )
-        segments = [self._segment(step, text, head.request(step)) for step in steps]
+        wanted = [(step, head.request(step)) for step in steps]
+        # an unfinished segment of which nothing is wanted changes nothing
+        wanted = [(step, request) for step, request in wanted if request or any(self._whole(step))]
+        segments = [self._segment(step, text, request) for step, request in wanted]
         outputs, memory, reader = self.memory.unroll(
             window_model(self.model, before.inner), segments, self.first_memory(before)
         )
@@ -299,7 +317,7 @@ class RecurrentMemory(nn.Module):
         )
         if isinstance(reader, DecoderReader):
             entries = replace(entries, inner=reader.state, inner_entries=reader.entries)
-        return head.collect(steps, outputs, num_items), entries
+        return head.collect([step for step, _ in wanted], outputs, num_items), entries
 
     def first_memory(self, state: RecurrentState) -> Float[Tensor, "batch memory embed_dim"]:
         """Return the memory that the next segment of each row reads.
@@ -313,16 +331,18 @@ class RecurrentMemory(nn.Module):
         fresh = (state.num_segments == 0)[:, None, None]
         return torch.where(fresh, self.memory.memory.float(), state.memory)
 
+    def _whole(self, step: Step) -> list[bool]:
+        """Return whether the segment of each row of a step is complete."""
+        if self.memory_config.alignment != "left":
+            return [True] * len(step.rows)
+        length = self.memory_config.segment_length
+        return [stop - start == length for start, stop in step.spans]
+
     def _segment(self, step: Step, text: RowText, request: Any) -> Segment:
         ids, num_tokens = step.take(text.input_ids)
         batch = len(text.num_tokens)
-        complete = None
-        if self.memory_config.alignment == "left":
-            whole = [
-                stop - start == self.memory_config.segment_length for start, stop in step.spans
-            ]
-            if not all(whole):
-                complete = torch.tensor(whole, device=ids.device)
+        whole = self._whole(step)
+        complete = None if all(whole) else torch.tensor(whole, device=ids.device)
         return Segment(
             input_ids=ids,
             num_tokens=num_tokens,

@@ -13,8 +13,20 @@ from byheart.models.decoder import Decoder
 from byheart.models.generate import SamplingConfig, choose
 from byheart.models.recurrent_text import text_extents
 
-# options of `generate` whose effect would stop at the end of a segment
-_WHOLE_TEXT = ("num_beams", "num_return_sequences", "max_length", "min_length", "min_new_tokens")
+# options of `generate` whose effect would stop at the end of a segment, and the values without one
+_WHOLE_TEXT = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "stop_strings": None,
+    "max_time": None,
+    "max_length": None,
+    "stopping_criteria": None,
+    "streamer": None,
+}
 _OF_DECODERS = {"sampling", "generator", "eos_token_id", "pad_token_id"}
 
 
@@ -42,7 +54,8 @@ def generate(
         state: What the rows have read; `None` for nothing. With a kNN memory it is used up.
         max_new_tokens: Most tokens to generate per row.
         options: Options of Hugging Face's `generate`, such as `do_sample`, `temperature`,
-            `eos_token_id`. Beams and several sequences per row are for encoder-decoders alone.
+            `eos_token_id`. What looks at the whole continuation, such as beams, penalties on
+            repetition and stopping criteria, is for encoder-decoders alone.
             For a `Decoder`: `sampling` (a `SamplingConfig`; without it the most likely token is
             taken), `generator`, `eos_token_id` (one or several) and `pad_token_id`.
 
@@ -61,6 +74,9 @@ def generate(
     if memory_model.kind == "encoder":
         msg = "generate needs a causal language model or an encoder-decoder, got a classifier."
         raise ValueError(msg)
+    if options.get("return_dict_in_generate"):
+        msg = "generate returns new tokens and state: leave return_dict_in_generate out."
+        raise ValueError(msg)
     if memory_model.kind == "encoder-decoder":
         options = {**options, "max_new_tokens": max_new_tokens}
         return _answer(memory_model, input_ids, attention_mask, state, options)
@@ -70,7 +86,6 @@ def generate(
 
 
 def _check_options(memory_model: RecurrentMemory, options: dict[str, Any]) -> None:
-    refused = [name for name in _WHOLE_TEXT if options.get(name) not in {None, 1}]
     unknown = sorted(options.keys() - _OF_DECODERS)
     if isinstance(memory_model.model, Decoder) and unknown:
         msg = (
@@ -78,13 +93,21 @@ def _check_options(memory_model: RecurrentMemory, options: dict[str, Any]) -> No
             f"{unknown[0]}. Say with sampling=SamplingConfig(...) how tokens are chosen."
         )
         raise ValueError(msg)
-    if refused:
-        msg = (
-            f"{refused[0]} cannot be honoured across segments by a decoder with recurrent memory, "
-            f"got {options[refused[0]]}. For several continuations repeat the rows of input_ids, "
-            "or of the state with select_rows."
-        )
+    if options.get("generation_config") is not None:
+        msg = "generation_config cannot be passed to a decoder: give its options by their names."
         raise ValueError(msg)
+    # what is None may be the model's own; its max_length gives way to max_new_tokens
+    defaults = getattr(memory_model.model, "generation_config", None)
+    for name, neutral in _WHOLE_TEXT.items():
+        own = None if name == "max_length" else getattr(defaults, name, None)
+        value = options.get(name, own)
+        if value is not None and value != neutral:
+            msg = (
+                f"{name} cannot be honoured across segments by a decoder with recurrent memory, "
+                f"got {value}; use {name}={neutral}. For several continuations repeat the rows of "
+                "input_ids, or of the state with select_rows."
+            )
+            raise ValueError(msg)
     if memory_model.memory_config.alignment != "left":
         msg = (
             "alignment must be 'left' to generate: new tokens end a text, so its segments must be "

@@ -194,23 +194,23 @@ def new_memory(
 
 
 def new_columns(
-    text: RowText, step: Step, device: torch.device
+    text: RowText, step: Step
 ) -> tuple[Bool[Tensor, "rows text"], Int[Tensor, "rows text"]]:
     """Find the input columns of the tokens of a step.
 
     Args:
         text: The text of the pass.
         step: The step.
-        device: Where the result shall live.
 
     Returns:
-        Which places of the step hold a token that is new, and the input column of each.
+        Which places of the step hold a token that is new, and the input column of each; on the
+        CPU, because to ask a GPU is to wait for it.
     """
-    lengths = torch.tensor([stop - start for start, stop in step.spans], device=device)
-    starts = torch.tensor([start for start, _ in step.spans], device=device)
-    pending = torch.tensor([text.num_pending[row] for row in step.rows], device=device)
-    first = torch.tensor([text.first_column[row] for row in step.rows], device=device)
-    places = torch.arange(max(stop - start for start, stop in step.spans), device=device)
+    lengths = torch.tensor([stop - start for start, stop in step.spans])
+    starts = torch.tensor([start for start, _ in step.spans])
+    pending = torch.tensor([text.num_pending[row] for row in step.rows])
+    first = torch.tensor([text.first_column[row] for row in step.rows])
+    places = torch.arange(max(stop - start for start, stop in step.spans))
     tokens = starts[:, None] + places
     is_new = (places < lengths[:, None]) & (tokens >= pending[:, None])
     return is_new, tokens - pending[:, None] + first[:, None]

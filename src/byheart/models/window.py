@@ -96,7 +96,11 @@ def build_window(
 
 
 def _special(ids: tuple[int, ...], like: Tensor) -> Int[Tensor, "rows ids"]:
-    return torch.tensor(ids, dtype=like.dtype, device=like.device).expand(len(like), -1)
+    # filled in place: to copy them to a GPU would wait for all that it has to do
+    special = like.new_empty(len(like), len(ids))
+    for column, token in enumerate(ids):
+        special[:, column] = token
+    return special
 
 
 def _append(

@@ -1,0 +1,77 @@
+"""Recurrent memory under transformers' own Trainer."""
+
+from functools import partial
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+
+
+def documents(kind, draw):
+    """Four documents, of which the first pair has far fewer labels than the second."""
+    ids = draw(4, 17)
+    if kind == "encoder":
+        return [{"input_ids": row, "labels": row[0] % 5} for row in ids]
+    labels = ids[:, :9].clone() if kind == "encoder-decoder" else ids.clone()
+    labels[:2, 4:] = -100
+    return [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
+
+
+def trained(memory_model, rows, folder, *, batch_size):
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=len(rows) // batch_size,
+        max_steps=1,
+        learning_rate=0.1,
+        max_grad_norm=0.0,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model=memory_model, args=arguments, train_dataset=rows)
+    trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+def test_accumulated_micro_batches_train_as_one_batch(name, tiny_model, wrap, draw, tmp_path):
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    off = {
+        "gpt2": off,
+        "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        "t5": {"dropout_rate": 0.0},
+    }[name]
+    whole, parts = (wrap(tiny_model(name, **off)) for _ in range(2))
+    rows = documents(whole.kind, draw)
+
+    losses = [
+        trained(whole, rows, tmp_path, batch_size=4),
+        trained(parts, rows, tmp_path, batch_size=1),
+    ]
+
+    close(*losses, rtol=1e-3, atol=1e-3)
+    for mine, theirs in zip(parts.parameters(), whole.parameters(), strict=True):
+        close(mine, theirs)
+
+
+def test_predictions_leave_the_memory_out(tiny_model, wrap, draw, tmp_path):
+    memory_model = wrap(tiny_model("bert"))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    rows = documents("encoder", draw)
+
+    found = Trainer(model=memory_model, args=arguments).predict(rows, ignore_keys=["new_entries"])
+
+    with torch.no_grad():
+        expected = memory_model(torch.stack([row["input_ids"] for row in rows])).logits
+    close(torch.tensor(found.predictions), expected)
