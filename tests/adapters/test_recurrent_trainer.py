@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
@@ -75,3 +76,22 @@ def test_predictions_leave_the_memory_out(tiny_model, wrap, draw, tmp_path):
     with torch.no_grad():
         expected = memory_model(torch.stack([row["input_ids"] for row in rows])).logits
     close(torch.tensor(found.predictions), expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_checkpoints_hold_tied_weights_once(name, tiny_model, wrap, draw, tmp_path):
+    memory_model = wrap(tiny_model(name))
+    rows = documents(memory_model.kind, draw)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        dataloader_pin_memory=False, save_steps=1,
+    )  # fmt: skip
+    trainer = Trainer(model=memory_model, args=arguments, train_dataset=rows)
+    trainer.train()
+
+    other = wrap(tiny_model(name))
+    other.load_state_dict(load_file(tmp_path / "checkpoint-1" / "model.safetensors"))
+
+    for mine, theirs in zip(other.parameters(), memory_model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert other.model.get_output_embeddings().weight is other.model.get_input_embeddings().weight

@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput
 
 from byheart.adapters.families import input_embedding, model_kind, require_fits, window_model
 from byheart.adapters.heads import EncoderHead, Head, make_head
+from byheart.adapters.tied import keep_tied_weights_once
 from byheart.memory.recurrent import NewMemory, RecurrentLayout, RecurrentState
 from byheart.models.decoder import Decoder
 from byheart.models.fingerprint import model_fingerprint
@@ -78,13 +79,11 @@ class RecurrentMemory(nn.Module):
         self.kind = model_kind(model)
         self.memory_config = config
         embedding = input_embedding(model)
-        device = embedding.weight.device
-        with torch.no_grad():
-            # not the weights: some embeddings scale what they look up, as Gemma's
-            vectors = embedding(torch.arange(len(embedding.weight), device=device)).float()
-        self.memory = RecurrentCore(
-            config, vectors.shape[1], mean=vectors.mean(dim=0), std=vectors.std(dim=0)
-        ).to(device)
+        mean, std = _statistics(embedding)
+        self.memory = RecurrentCore(config, len(mean), mean=mean, std=std).to(
+            embedding.weight.device
+        )
+        keep_tied_weights_once(self)
 
     @property
     def config(self) -> Any:
@@ -370,3 +369,21 @@ class RecurrentMemory(nn.Module):
                     "the tokenizer that belongs to the model."
                 )
                 raise ValueError(msg)
+
+
+@torch.no_grad()
+def _statistics(embedding: Any) -> tuple[Float[Tensor, " embed_dim"], Float[Tensor, " embed_dim"]]:
+    """Measure the vectors that an embedding yields: some scale what they look up, as Gemma's.
+
+    Returns:
+        Mean and standard deviation, per number.
+    """
+    vocab_size, device = len(embedding.weight), embedding.weight.device
+    total = squares = torch.zeros((), device=device)
+    # in pieces: a vocabulary in double precision is gigabytes
+    for ids in torch.split(torch.arange(vocab_size, device=device), 8192):
+        vectors = embedding(ids).double()
+        total, squares = total + vectors.sum(dim=0), squares + vectors.square().sum(dim=0)
+    mean = total / vocab_size
+    variance = (squares - vocab_size * mean.square()) / max(1, vocab_size - 1)
+    return mean.float(), variance.clamp(min=0).sqrt().float()
