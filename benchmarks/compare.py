@@ -38,7 +38,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--memory-size", type=int, help="entries to train with, of the variant memory"
+        "--set-memory",
+        action="append",
+        default=[],
+        help="a field of the kNN memory, for the variant that has one: memory_size=32768",
     )
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     return parser.parse_args()
@@ -57,8 +60,8 @@ def configure(arguments: argparse.Namespace, variant: str, tokenizer: str) -> Ru
         training=replace(run.training, seed=arguments.seed),
     )
     own = []
-    if variant == "memory" and arguments.memory_size:
-        own = [f"model.knn_memory.memory_size={arguments.memory_size}"]
+    if variant == "memory":
+        own = [f"model.knn_memory.{setting}" for setting in arguments.set_memory]
     return apply_overrides(run, [*arguments.overrides, *own])
 
 

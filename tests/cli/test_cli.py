@@ -270,7 +270,7 @@ def test_a_recipe_can_be_a_function_in_a_file(command, tmp_path, documents):
             "Did you mean model.knn_memory.top_k",
         ),
         (["train", "demo", "--set", "model.knn_memory.top_k=9999"], "between 1 and memory_size"),
-        (["train", "demo", "--set", "model.knn_memory.layers=[4]"], "between 0 and 2"),
+        (["train", "demo", "--set", "model.knn_memory.layers=[4]"], "between 0 and 3"),
         (["evaluate", "x", "--memory-size", "1,many"], "got 'many'"),
         (["evaluate", "x", "--xl-cache", "maybe"], "must be with, without or both"),
         (["evaluate", "x", "--max-documents", "0"], "Invalid value for '--max-documents'"),

@@ -67,14 +67,8 @@ def generate(
     """Continue a text, with everything read before it in memory."""
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     reading = reading_options(folder_as, skip_bad, text_key, suffix)
-    if memory is not None and memory_size is not None:
-        msg = "--memory-size has no effect on a memory that is loaded with --memory. Leave it out."
-        raise typer.BadParameter(msg)
     decoder, tokenizer, _ = open_run(model, find_device(device))
-    if memory is not None:
-        state = decoder.load_state(memory)
-    else:
-        state = decoder.new_state(1, memory_size=memory_size)
+    state = _open_memory(decoder, memory, memory_size)
     if read is not None:
         state = _read(decoder, tokenizer, state, iter_documents(read, **reading))
     if save_memory is not None:
@@ -108,6 +102,15 @@ def _tokens(tokenizer: Tokenizer, text: str, state: MemoryState) -> torch.Tensor
     if tokenizer.start_id is not None and int(state.position[0]) == 0:
         ids.insert(0, tokenizer.start_id)
     return torch.tensor([ids], dtype=torch.long, device=state.position.device)
+
+
+def _open_memory(decoder: Decoder, saved: Path | None, memory_size: int | None) -> MemoryState:
+    if saved is None:
+        return decoder.new_state(1, memory_size=memory_size)
+    if memory_size is not None:
+        msg = "--memory-size has no effect on a memory that is loaded with --memory. Leave it out."
+        raise typer.BadParameter(msg)
+    return decoder.load_state(saved)
 
 
 def _read(

@@ -16,14 +16,16 @@ def demo() -> RunConfig:
     return RunConfig(
         name="demo",
         model=ModelConfig(
-            num_layers=3,
+            num_layers=4,
             embed_dim=128,
             num_heads=4,
             head_dim=32,
             hidden_dim=512,
             segment_length=64,
             xl_cache_length=64,
-            knn_memory=KnnMemoryConfig(layers=(1,), memory_size=2048),
+            # as in the comparison: the last layer matches what followed a token before
+            gate_bias_init=-1.0,
+            knn_memory=KnnMemoryConfig(layers=(3,), memory_size=2048, age_slope=0.5),
         ),
         data=DataConfig(
             train=str(sample_path("train")),
@@ -32,7 +34,7 @@ def demo() -> RunConfig:
         ),
         training=TrainingConfig(
             rows_per_device=32,
-            max_steps=1000,
+            max_steps=1400,
             learning_rate=3e-3,
             warmup_steps=100,
             weight_decay=0.01,
