@@ -84,7 +84,7 @@ class EncoderConfig:
     """Width inside the feed-forward layers."""
     vocab_size: int = 2048
     """Tokens to learn at most, from background and facts."""
-    dropout: float = 0.1
+    dropout: float = 0.0
     """Share of hidden states and attention weights that training sets to 0."""
 
     def __post_init__(self) -> None:
@@ -227,7 +227,7 @@ class TaskTrainingConfig:
     """Documents that a process reads at the same time in one forward pass."""
     accumulation_steps: int = 1
     """Forward passes per optimizer step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """Highest rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the rate falls, from its highest value when the last stage is reached to 0 at the end of
