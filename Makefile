@@ -32,10 +32,12 @@ test: check
 bench: setup
 	$(BIN)/python -m benchmarks.search --quick
 	$(BIN)/python -m benchmarks.step --quick
+	$(BIN)/python -m benchmarks.rmt --quick --rounds 1
 
 # without its own dependencies: it asks for faiss-gpu, and runs on faiss-cpu
 bench-peers: setup
-	$(BIN)/python -m pip install --quiet --no-deps memorizing-transformers-pytorch==0.4.1
+	$(BIN)/python -m pip install --quiet --no-deps memorizing-transformers-pytorch==0.4.1 \
+		recurrent-memory-transformer-pytorch==0.7.0 hyper-connections
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 
 clean:

@@ -128,8 +128,10 @@ def recall_section() -> str | None:
 
 def compare_section(corpus: str) -> str | None:
     summary = read(f"compare-{corpus}/summary.json")
-    if summary is None:
+    config = read(f"compare-{corpus}/memory.config.json")
+    if summary is None or config is None:
         return None
+    trained_size = config["model"]["knn_memory"]["memory_size"]
     names = {"none": "no cache, no memory", "xl": "XL cache", "memory": "XL cache + memory"}
     rows = []
     for variant, content in summary["variants"].items():
@@ -156,8 +158,8 @@ def compare_section(corpus: str) -> str | None:
             f"## Three models with equal tokens: {corpus}",
             f"{trained:,} tokens each, seed {summary['seed']}; {measured['num_tokens']:,} "
             f"validation tokens of {measured['num_documents']} documents. Losses are nats per "
-            "token by position in the document. Memory sizes other than the trained 8,192 are "
-            "evaluation only.",
+            "token by position in the document. Memory sizes other than the trained "
+            f"{trained_size:,} are evaluation only.",
             table(header, rows),
             f"![training](results/compare-{corpus}/training.png)",
             summary.get("note", ""),

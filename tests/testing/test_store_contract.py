@@ -151,8 +151,15 @@ class KeepsTheGradient(DenseStore):
 class AttendsWithoutScale(DenseStore):
     """The learned factor of the scores is left out."""
 
-    def attend(self, queries, scale, top_k):
-        return super().attend(queries, 0 * scale + 1, top_k)
+    def attend(self, queries, scale, top_k, age_slope=0.0):
+        return super().attend(queries, 0 * scale + 1, top_k, age_slope)
+
+
+class IgnoresTheAge(DenseStore):
+    """Old entries count as much as new ones, whatever was asked for."""
+
+    def attend(self, queries, scale, top_k, age_slope=0.0):
+        return super().attend(queries, scale, top_k)
 
 
 MUTANTS = {
@@ -174,6 +181,7 @@ MUTANTS = {
     NeverUsedUp: "Clause 7",
     KeepsTheGradient: "Clause 6: entries keep a gradient",
     AttendsWithoutScale: "attend must return the",
+    IgnoresTheAge: "attend must return the",
 }
 
 

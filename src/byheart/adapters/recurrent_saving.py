@@ -13,7 +13,7 @@ from byheart.adapters.loading import load_transformer
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.config import load_config, save_config
 from byheart.errors import CheckpointError
-from byheart.memory.files import complete_directory, read_manifest, recover
+from byheart.memory.files import complete_directory, read_manifest, recover, require_format
 from byheart.models.checkpoint import FORMAT as DECODER
 from byheart.models.checkpoint import load_model, save_model
 from byheart.models.decoder import Decoder
@@ -78,13 +78,7 @@ def load_recurrent(
         msg = f"There is no directory {directory}. Check the path."
         raise CheckpointError(msg)
     manifest = read_manifest(directory)
-    found = (manifest.get("format"), manifest.get("format_version"))
-    if found != (FORMAT, FORMAT_VERSION):
-        msg = (
-            f"{directory} must be a {FORMAT} of version {FORMAT_VERSION}, found {found[0]} of "
-            f"version {found[1]}. Load it with the byheart version that wrote it."
-        )
-        raise CheckpointError(msg)
+    require_format(manifest, directory, FORMAT, FORMAT_VERSION)
     if model is None:
         if not (directory / _MODEL).is_dir():
             msg = (

@@ -14,7 +14,7 @@ from byheart.errors import ByheartError
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Long memory for transformers: train, evaluate and use models with a kNN memory.",
+    help="Long memory for transformers: kNN memory, XL cache and recurrent memory.",
 )
 for module in (train, evaluate, task, generate, tokenizer, data, flops, reproduce):
     module.register(app)

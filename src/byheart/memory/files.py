@@ -90,6 +90,29 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
+def require_format(
+    manifest: Mapping[str, Any], directory: str | Path, name: str, version: int
+) -> None:
+    """Refuse what another kind of thing, or another version of byheart, has written.
+
+    Args:
+        manifest: The directory's manifest.
+        directory: Where it is, for the message.
+        name: Name of the format that is wanted.
+        version: Its version.
+
+    Raises:
+        CheckpointError: If either differs.
+    """
+    found = (manifest.get("format"), manifest.get("format_version"))
+    if found != (name, version):
+        msg = (
+            f"{directory} must be a {name} of version {version}, found {found[0]} of version "
+            f"{found[1]}. Load it with the byheart version that wrote it."
+        )
+        raise CheckpointError(msg)
+
+
 @contextmanager
 def complete_directory(directory: Path, content: Mapping[str, Any]) -> Iterator[Path]:
     """Write a new directory, replacing an older one only when it is complete.

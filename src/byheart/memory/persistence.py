@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from byheart.config import from_dict
-from byheart.errors import CheckpointError, MemoryStateError
-from byheart.memory.files import load_directory, save_directory
+from byheart.errors import MemoryStateError
+from byheart.memory.files import load_directory, require_format, save_directory
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.state import MemoryState
 from byheart.memory.store import KeyValues
@@ -65,7 +64,7 @@ def load_state(
         MemoryStateError: If the state was made by another model.
     """
     tensors, manifest = load_directory(Path(directory))
-    _check_format(manifest, directory)
+    require_format(manifest, directory, FORMAT, FORMAT_VERSION)
     saved_layout = from_dict(MemoryLayout, manifest["layout"])
     layout.require_same(saved_layout, f"The memory state {directory}")
     saved_fingerprint = manifest["model_fingerprint"]
@@ -158,13 +157,3 @@ def with_tensors(empty: MemoryState, tensors: Mapping[str, Tensor]) -> MemorySta
         position=tensors["position"],
         stores=stores,
     )
-
-
-def _check_format(manifest: Mapping[str, Any], directory: str | Path) -> None:
-    found = (manifest.get("format"), manifest.get("format_version"))
-    if found != (FORMAT, FORMAT_VERSION):
-        msg = (
-            f"{directory} must be a {FORMAT} of version {FORMAT_VERSION}, found {found[0]} of "
-            f"version {found[1]}. Load it with the byheart version that wrote it."
-        )
-        raise CheckpointError(msg)

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from byheart.config import from_dict
-from byheart.errors import CheckpointError, MemoryStateError
-from byheart.memory.files import load_directory, save_directory
+from byheart.errors import MemoryStateError
+from byheart.memory.files import load_directory, require_format, save_directory
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.persistence import state_from_tensors, state_tensors
 from byheart.memory.state import MemoryState, NewEntries
@@ -296,13 +296,7 @@ class RecurrentState:
             MemoryStateError: If the state was made by another model.
         """
         tensors, manifest = load_directory(Path(directory))
-        found = (manifest.get("format"), manifest.get("format_version"))
-        if found != (FORMAT, FORMAT_VERSION):
-            msg = (
-                f"{directory} must be a {FORMAT} of version {FORMAT_VERSION}, found {found[0]} of "
-                f"version {found[1]}. Load it with the byheart version that wrote it."
-            )
-            raise CheckpointError(msg)
+        require_format(manifest, directory, FORMAT, FORMAT_VERSION)
         what = f"The memory state {directory}"
         layout.require_same(from_dict(RecurrentLayout, manifest["layout"]), what)
         saved = manifest["model_fingerprint"]

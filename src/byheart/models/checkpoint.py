@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from byheart.config import load_config, save_config
 from byheart.errors import CheckpointError
-from byheart.memory.files import complete_directory, read_manifest
+from byheart.memory.files import complete_directory, read_manifest, require_format
 from byheart.models.config import DecoderConfig
 from byheart.models.decoder import Decoder
 
@@ -95,13 +95,7 @@ def _check(directory: Path, tokenizer_fingerprint: str) -> None:
         msg = f"There is no model directory {directory}. Check the path."
         raise CheckpointError(msg)
     manifest = read_manifest(directory)
-    found = (manifest.get("format"), manifest.get("format_version"))
-    if found != (FORMAT, FORMAT_VERSION):
-        msg = (
-            f"{directory} must be a {FORMAT} of version {FORMAT_VERSION}, found {found[0]} of "
-            f"version {found[1]}. Load it with the byheart version that wrote it."
-        )
-        raise CheckpointError(msg)
+    require_format(manifest, directory, FORMAT, FORMAT_VERSION)
     saved = manifest["tokenizer_fingerprint"]
     if tokenizer_fingerprint and saved and tokenizer_fingerprint != saved:
         msg = (

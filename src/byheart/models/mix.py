@@ -65,10 +65,7 @@ class MemoryMix(nn.Module):
         if store is None:
             return local.output + self._zero()
         # a memory smaller than top_k is read whole
-        top_k = min(self.top_k, store.memory_size)
-        # stores of your own need not know of age, as long as it does not count
-        age = {"age_slope": self.age_slope} if self.age_slope else {}
-        read = store.attend(queries, scale, top_k, **age)
+        read = store.attend(queries, scale, min(self.top_k, store.memory_size), self.age_slope)
         if self.gate_bias is None:
             assert local.logsumexp is not None
             return merge_by_softmax([local.output, read.output], [local.logsumexp, read.logsumexp])

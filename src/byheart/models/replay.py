@@ -67,6 +67,7 @@ class _Plan:
             block[index] = state
 
     def restore_random_state(self, index: int) -> None:
+        # copies: torch 2.13 crashes on a state that is a view into a larger tensor
         torch.set_rng_state(self.random[0][index].clone())
         for device, block in zip(self.devices, self.random[1:], strict=True):
             torch.cuda.set_rng_state(block[index].clone(), device)

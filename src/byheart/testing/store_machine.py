@@ -141,17 +141,17 @@ class StoreMachine(RuleBasedStateMachine):
         store, rows = self.now
         self.now = Branch(store.to(store.num_written.device), rows)
 
-    @rule(top_k=st.integers(1, 11))
-    def attend(self, top_k: int) -> None:
+    @rule(top_k=st.integers(1, 11), age_slope=st.sampled_from([0.0, 0.5]))
+    def attend(self, top_k: int, age_slope: float) -> None:
         """Attend, and compare output, denominator and gradients with the listed pairs."""
         store, rows = self.now
         heads = 2 * self.kv_heads
         queries = self.draw(len(rows), heads, _NUM_QUERIES, _HEAD_DIM).requires_grad_()
         scale = (2 + self.draw(heads)).requires_grad_()
         top_k = min(top_k, self.memory_size)
-        read = store.attend(self.on(queries), self.on(scale), top_k)
+        read = store.attend(self.on(queries), self.on(scale), top_k, age_slope)
         entries = self.entries_found(self.now, read.found)
-        outputs, logsumexps = _attend_to_pairs(queries, scale, rows, entries)
+        outputs, logsumexps = _attend_to_pairs(queries, scale, rows, entries, age_slope)
         for mine, theirs, what in (
             (read.output, outputs, "output"),
             (read.logsumexp, logsumexps, "logsumexp"),
@@ -328,7 +328,7 @@ def _scores(queries_HQD: Tensor, row: Row) -> Tensor:
 
 
 def _attend_to_pairs(
-    queries: Tensor, scale: Tensor, rows: tuple[Row, ...], entries: Tensor
+    queries: Tensor, scale: Tensor, rows: tuple[Row, ...], entries: Tensor, age_slope: float
 ) -> tuple[Tensor, Tensor]:
     """Compute attention over the named pairs.
 
@@ -341,9 +341,9 @@ def _attend_to_pairs(
             chosen = torch.zeros(*queries.shape[1:3], len(row.pairs) + 1, dtype=torch.bool)
             # entry -1 is the column behind the pairs
             chosen = chosen.scatter(2, entries[b] % (len(row.pairs) + 1), value=True)[..., :-1]
-            logits = (_scores(queries[b], row) * scale[:, None, None]).masked_fill(
-                ~chosen, EXCLUDED
-            )
+            ages = torch.arange(len(row.pairs), 0, -1)
+            logits = _scores(queries[b], row) * scale[:, None, None] - age_slope * ages.log()
+            logits = logits.masked_fill(~chosen, EXCLUDED)
             values = torch.stack([value for _, value in row.pairs], dim=1)
             values = values.repeat_interleave(queries.shape[1] // values.shape[0], dim=0)
             outputs[b] = torch.softmax(logits, dim=-1) @ values

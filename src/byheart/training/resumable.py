@@ -1,5 +1,6 @@
 """The Hugging Face Trainer for runs that can be killed at any moment and resumed exactly."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ __all__ = ["METRICS", "ResumableTrainer"]
 METRICS = "metrics.jsonl"
 
 
-class ResumableTrainer(Trainer):  # type: ignore[misc]
+class ResumableTrainer(Trainer, ABC):  # type: ignore[misc]
     """The Hugging Face Trainer, with byheart's checkpoints, log and signals around it.
 
     What a run has besides weights, optimizer, schedule and random states is up to the subclass: it
@@ -83,33 +84,33 @@ class ResumableTrainer(Trainer):  # type: ignore[misc]
         for callback in (self._flow, *self._displays):
             self.add_callback(callback)
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return what the run depends on, as checkpoints keep it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _begin(self) -> None:
         """Prepare for step 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Take over what `_save_parts` has written."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _catch_up(self, checkpoint: Checkpoint) -> None:
         """Do what the run still owes for the step of the checkpoint."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _is_done(self, step: int) -> bool:
         """Tell whether no step follows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _save_parts(self, path: Path) -> None:
         """Write what this process has besides weights, optimizer and random states."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _positions(self) -> Any:
         """Return what each row has read last."""
-        raise NotImplementedError
 
     def train(self, resume_from_checkpoint: Checkpoint | None = None) -> None:
         """Train to the last step.
