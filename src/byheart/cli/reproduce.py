@@ -6,13 +6,19 @@ import typer
 
 from byheart.cli.reproduce_flops import flops
 from byheart.cli.reproduce_generalization import generalization
-from byheart.cli.reproduce_tasks import detect, memorize, reason
+from byheart.cli.reproduce_tasks import task_command
 
 FIGURES: dict[str, Callable[..., None]] = {
     "flops": flops,
-    "memorize": memorize,
-    "detect": detect,
-    "reason": reason,
+    "memorize": task_command(
+        "memorize", "Accuracy of keeping a fact, by length (RMT report, Figures 1 and 6)."
+    ),
+    "detect": task_command(
+        "detect", "Accuracy of finding and keeping a fact, by length (RMT report, Figures 1 and 6)."
+    ),
+    "reason": task_command(
+        "reason", "Accuracy of answering by one of two facts, by length (RMT report, Figures 1, 6)."
+    ),
     "generalization": generalization,
 }
 """What can be reproduced: a command per name."""

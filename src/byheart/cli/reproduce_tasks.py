@@ -1,7 +1,7 @@
 """`byheart reproduce` of the tasks: accuracy by length, and attention of memory."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,52 +62,33 @@ SegmentsOption = Annotated[
 ]
 
 
-def memorize(
-    *,
-    out: OutOption = Path("reproduce/memorize"),
-    quick: QuickOption = False,
-    seeds: SeedsOption = None,
-    segments: SegmentsOption = None,
-    samples: SamplesOption = None,
-    overrides: SetOption = None,
-    plot: PlotOption = True,
-    as_json: JsonOption = False,
-) -> None:
-    """Accuracy of keeping a fact, by length (RMT report, Figures 1 and 6)."""
-    plan = _plan("memorize", quick, seeds, segments, samples, overrides)
-    _reproduce(plan, out, plot=plot, as_json=as_json)
+def task_command(name: Name, summary: str) -> Callable[..., None]:
+    """Make the command of a task.
 
+    Args:
+        name: The task.
+        summary: Its help text.
 
-def detect(
-    *,
-    out: OutOption = Path("reproduce/detect"),
-    quick: QuickOption = False,
-    seeds: SeedsOption = None,
-    segments: SegmentsOption = None,
-    samples: SamplesOption = None,
-    overrides: SetOption = None,
-    plot: PlotOption = True,
-    as_json: JsonOption = False,
-) -> None:
-    """Accuracy of finding and keeping a fact, by length (RMT report, Figures 1 and 6)."""
-    plan = _plan("detect", quick, seeds, segments, samples, overrides)
-    _reproduce(plan, out, plot=plot, as_json=as_json)
+    Returns:
+        A function with the options of the command.
+    """
 
+    def command(
+        *,
+        out: OutOption = Path("reproduce", name),
+        quick: QuickOption = False,
+        seeds: SeedsOption = None,
+        segments: SegmentsOption = None,
+        samples: SamplesOption = None,
+        overrides: SetOption = None,
+        plot: PlotOption = True,
+        as_json: JsonOption = False,
+    ) -> None:
+        plan = _plan(name, quick, seeds, segments, samples, overrides)
+        _reproduce(plan, out, plot=plot, as_json=as_json)
 
-def reason(
-    *,
-    out: OutOption = Path("reproduce/reason"),
-    quick: QuickOption = False,
-    seeds: SeedsOption = None,
-    segments: SegmentsOption = None,
-    samples: SamplesOption = None,
-    overrides: SetOption = None,
-    plot: PlotOption = True,
-    as_json: JsonOption = False,
-) -> None:
-    """Accuracy of answering by one of two facts, by length (RMT report, Figures 1 and 6)."""
-    plan = _plan("reason", quick, seeds, segments, samples, overrides)
-    _reproduce(plan, out, plot=plot, as_json=as_json)
+    command.__doc__ = summary
+    return command
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
