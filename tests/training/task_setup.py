@@ -38,7 +38,7 @@ def task_run(**changes: Any) -> TaskRunConfig:
         task=task_part(),
         window=29,
         encoder=EncoderConfig(
-            num_layers=1, embed_dim=14, num_heads=2, hidden_dim=11, vocab_size=1100, dropout=0.2
+            num_layers=1, embed_dim=12, num_heads=2, hidden_dim=11, vocab_size=1100, dropout=0.2
         ),
         memory=MemoryPart(num_memory_tokens=3, noise=0.1),
         curriculum=CurriculumConfig(
@@ -49,7 +49,14 @@ def task_run(**changes: Any) -> TaskRunConfig:
             stage_steps=8,
             continue_steps=3,
         ),
-        training=TaskTrainingConfig(rows_per_device=4, save_every=3, log_every=5, warmup_steps=2),
+        training=TaskTrainingConfig(
+            rows_per_device=4,
+            save_every=3,
+            log_every=5,
+            warmup_steps=2,
+            length_decay=0.5,
+            average_decay=0.5,
+        ),
         evaluation=TaskEvaluationConfig(segments=(1, 2, 5), samples=7, rows=3),
     )
     # together: `encoder` and `pretrained` exclude each other

@@ -125,6 +125,15 @@ def test_the_rate_rises_stays_and_falls_when_the_last_stage_is_reached():
     assert done.rate_share(0, "constant", 0) == 1
 
 
+def test_the_rate_falls_with_the_length_of_the_stage():
+    stages = [after(*[1.0] * reached, max_segments=4) for reached in range(4)]
+    assert [stage.rate_share(9, "constant", 0, 0.5) for stage in stages] == pytest.approx(
+        [1, 2**-0.5, 3**-0.5, 0.5]
+    )
+    done = stages[3].record(40, 1.0)
+    assert done.rate_share(50, "linear", 0, 0.5) == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

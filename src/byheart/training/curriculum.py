@@ -118,7 +118,11 @@ class Curriculum:
         return int(generator.integers(self.config.min_segments, self.stage + 1))
 
     def rate_share(
-        self, step: int, schedule: Literal["constant", "linear", "cosine"], warmup_steps: int
+        self,
+        step: int,
+        schedule: Literal["constant", "linear", "cosine"],
+        warmup_steps: int,
+        length_decay: float = 0.0,
     ) -> float:
         """Give the learning rate of a step.
 
@@ -126,16 +130,18 @@ class Curriculum:
             step: Optimizer steps done before.
             schedule: How it falls after the last stage was reached.
             warmup_steps: Steps in which it rises.
+            length_decay: Power of the stage's segments that it is divided by.
 
         Returns:
             Share of the highest rate.
         """
-        risen = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+        share = math.pow(self.stage, -length_decay)
+        share *= min(1.0, step / warmup_steps) if warmup_steps else 1.0
         if schedule == "constant" or self.saturated_at is None or not self.config.continue_steps:
-            return risen
+            return share
         passed = min(1.0, (step - self.saturated_at) / self.config.continue_steps)
         left = 1 - passed if schedule == "linear" else (1 + math.cos(math.pi * passed)) / 2
-        return risen * left
+        return share * left
 
     def to_list(self) -> list[dict[str, Any]]:
         """Give the evaluations as JSON can hold them.

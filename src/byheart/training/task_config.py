@@ -72,16 +72,19 @@ class TaskPart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderConfig:
-    """A BERT with random weights; with the defaults it has about a million parameters."""
+    """An encoder with random weights; with the defaults it has about a million parameters."""
 
+    architecture: Literal["modernbert", "bert"] = "modernbert"
+    """ModernBERT (every layer sees the whole window) or, as in the report, BERT. ModernBERT's
+    rotary positions find what stands *near* a word sooner than BERT's learned ones."""
     num_layers: int = 4
     """Layers."""
     embed_dim: int = 128
     """Width of embeddings and hidden states."""
     num_heads: int = 4
     """Attention heads per layer."""
-    hidden_dim: int = 384
-    """Width inside the feed-forward layers."""
+    hidden_dim: int = 256
+    """Width inside the feed-forward layers; ModernBERT's have a gate of the same width."""
     vocab_size: int = 2048
     """Tokens to learn at most, from background and facts."""
     dropout: float = 0.0
@@ -91,10 +94,12 @@ class EncoderConfig:
         for name in ("num_layers", "embed_dim", "num_heads", "hidden_dim"):
             _require_at_least(name, getattr(self, name), 1)
         _require_at_least("vocab_size", self.vocab_size, 257)
-        if self.embed_dim % self.num_heads:
+        # rotary positions turn pairs of numbers
+        unit = self.num_heads * (2 if self.architecture == "modernbert" else 1)
+        if self.embed_dim % unit:
             msg = (
-                f"embed_dim must be a multiple of num_heads ({self.num_heads}), got "
-                f"{self.embed_dim}."
+                f"embed_dim must be a multiple of {unit} for {self.num_heads} heads of "
+                f"{self.architecture}, got {self.embed_dim}."
             )
             raise ValueError(msg)
         if not 0 <= self.dropout < 1:
@@ -228,7 +233,10 @@ class TaskTrainingConfig:
     accumulation_steps: int = 1
     """Forward passes per optimizer step."""
     learning_rate: float = 3e-4
-    """Highest rate."""
+    """Highest rate, of documents of one segment."""
+    length_decay: float = 0.0
+    """Power of the length of the stage that the rate is divided by: the more segments a gradient
+    goes back through, the more a step changes."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the rate falls, from its highest value when the last stage is reached to 0 at the end of
     `curriculum.continue_steps`: how long the stages take is not known before."""
@@ -240,6 +248,9 @@ class TaskTrainingConfig:
     """Decay of AdamW's averages of gradients and of their squares."""
     max_gradient_norm: float = 1.0
     """Longer gradients, over all parameters, are scaled down to this length."""
+    average_decay: float = 0.0
+    """Decay per step of a running average of the weights. It is the average that is evaluated,
+    decides on stages and is kept; 0 for the weights themselves."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the matrix products; weights, optimizer and memory are always float32."""
     seed: int = 0
@@ -253,6 +264,10 @@ class TaskTrainingConfig:
 
     def __post_init__(self) -> None:
         _require_at_least("seed", self.seed, 0)
+        _require_at_least("length_decay", self.length_decay, 0)
+        if not 0 <= self.average_decay < 1:
+            msg = f"average_decay must be at least 0 and below 1, got {self.average_decay}."
+            raise ValueError(msg)
         # refuses what cannot be trained with, while the settings are still at hand
         self.resolve(CurriculumConfig())
 

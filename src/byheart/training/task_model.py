@@ -9,6 +9,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     PreTrainedModel,
 )
 
@@ -124,18 +126,36 @@ def make_memory_model(
 def _scratch(
     config: EncoderConfig, window: int, vocab_size: int, num_labels: int
 ) -> PreTrainedModel:
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=vocab_size + 3,
-            # its embedding never learns, so it must be no token of the documents
-            pad_token_id=vocab_size + 2,
-            hidden_size=config.embed_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            intermediate_size=config.hidden_dim,
-            hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout,
-            max_position_embeddings=window,
-            num_labels=num_labels,
+    shared = {
+        "vocab_size": vocab_size + 3,
+        # its embedding never learns, so it must be no token of the documents
+        "pad_token_id": vocab_size + 2,
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.hidden_dim,
+        "max_position_embeddings": window,
+        "num_labels": num_labels,
+    }
+    if config.architecture == "bert":
+        return BertForSequenceClassification(
+            BertConfig(
+                **shared,
+                hidden_dropout_prob=config.dropout,
+                attention_probs_dropout_prob=config.dropout,
+            )
+        )
+    # its defaults are ids of its own vocabulary
+    special = dict.fromkeys(("bos_token_id", "cls_token_id"), vocab_size)
+    special |= dict.fromkeys(("eos_token_id", "sep_token_id"), vocab_size + 1)
+    return ModernBertForSequenceClassification(
+        ModernBertConfig(
+            **shared,
+            **special,
+            # local attention would cut the memory off
+            layer_types=["full_attention"] * config.num_layers,
+            embedding_dropout=config.dropout,
+            mlp_dropout=config.dropout,
+            attention_dropout=config.dropout,
         )
     )

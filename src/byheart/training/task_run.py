@@ -180,11 +180,11 @@ def train_task(
     trainer = _train(run, tokenizer, train, arguments, identity, checkpoint, on_event)
     if is_main:
         with explained_write_errors(out / MODEL):
-            save_recurrent(trainer.memory_model, out / MODEL, with_model=True)
+            save_recurrent(trainer.best_model, out / MODEL, with_model=True)
     result = _result(trainer, tokenizer, checkpoint, on_progress)
     if is_main:
         with explained_write_errors(out / _RESULT):
-            _write_result(result, run, tokenizer, trainer.memory_model)
+            _write_result(result, run, tokenizer, trainer.best_model)
     arguments.distributed_state.wait_for_everyone()
     return result
 
@@ -343,7 +343,7 @@ def _result(
     checkpoint: Checkpoint | None,
     on_progress: Callable[[SegmentsProgress], None] | None,
 ) -> TaskResult:
-    model, run, step = trainer.memory_model, trainer.run, trainer.state.global_step
+    model, run, step = trainer.best_model, trainer.run, trainer.state.global_step
     return TaskResult(
         out_dir=trainer.out_dir,
         model_dir=trainer.out_dir / MODEL,

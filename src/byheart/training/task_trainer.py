@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -32,6 +33,7 @@ from byheart.training.task_config import CurriculumConfig, TaskRunConfig
 __all__ = ["CURRICULUM", "TaskTrainer", "load_curriculum"]
 
 CURRICULUM = "curriculum.json"
+_AVERAGE = "average"
 
 
 class TaskTrainer(ResumableTrainer):
@@ -79,9 +81,20 @@ class TaskTrainer(ResumableTrainer):
         self.task, self.validation, self.run = train, validation, run
         self.curriculum = Curriculum(config=run.curriculum)
         """How far the run has come."""
+        self._average: AveragedModel | None = None
         self._identity = identity
         self._num_rows = num_rows
         self.add_callback(_LastStep(self))
+
+    @property
+    def best_model(self) -> RecurrentMemory:
+        """What has been learned: the model, or the running average of its weights."""
+        return self.memory_model if self._average is None else cast(Any, self._average.module)
+
+    def average_weights(self) -> None:
+        """Take the weights after a step into their running average, if there is one."""
+        if self._average is not None:
+            self._average.update_parameters(self.memory_model)
 
     def identity(self) -> dict[str, Any]:
         """Return what the run depends on, as checkpoints keep it."""
@@ -154,7 +167,9 @@ class TaskTrainer(ResumableTrainer):
             training = self.run.training
 
             def share(step: int) -> float:
-                return self.curriculum.rate_share(step, training.schedule, training.warmup_steps)
+                return self.curriculum.rate_share(
+                    step, training.schedule, training.warmup_steps, training.length_decay
+                )
 
             self.lr_scheduler = LambdaLR(optimizer, share)
         return self.lr_scheduler
@@ -171,7 +186,7 @@ class TaskTrainer(ResumableTrainer):
         mine = range(self.args.process_index, samples, self.args.world_size)
         with self._undisturbed(self.memory_model):
             right = count_right(
-                self.memory_model,
+                self.best_model.eval(),
                 self.validation,
                 num_segments,
                 mine,
@@ -200,7 +215,7 @@ class TaskTrainer(ResumableTrainer):
         path = stage_directory(self.out_dir, num_segments)
         if self.is_world_process_zero():
             with self._meter.paused(), explained_write_errors(path):
-                self.memory_model.save_pretrained(path, with_model=True)
+                self.best_model.save_pretrained(path, with_model=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Replace the Trainer's numbers by exact ones, and write them everywhere.
@@ -218,8 +233,17 @@ class TaskTrainer(ResumableTrainer):
 
     def _begin(self) -> None:
         self.curriculum = Curriculum(config=self.run.curriculum)
+        decay = self.run.training.average_decay
+        if decay > 0:
+            average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+            self._average = AveragedModel(self.memory_model, multi_avg_fn=average)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        self._begin()
+        if self._average is not None:
+            _load_weights(self._average.module, checkpoint.path / _AVERAGE)
+            # the first update of an average takes the weights as they are
+            self._average.n_averaged.fill_(checkpoint.step)
         self.curriculum = load_curriculum(checkpoint, self.run.curriculum)
         _, sums = load_memory(checkpoint.path, [], self.args.process_index)
         self._meter.load_state(sums)
@@ -238,6 +262,8 @@ class TaskTrainer(ResumableTrainer):
         if self.is_world_process_zero():
             text = json.dumps({"evaluations": self.curriculum.to_list()}, indent=1)
             (path / CURRICULUM).write_text(text, encoding="utf-8")
+            if self._average is not None:
+                _save_weights(self._average.module, path / _AVERAGE)
 
     def _positions(self) -> Any:
         first = (self.state.global_step - 1) * self._num_rows
@@ -245,14 +271,21 @@ class TaskTrainer(ResumableTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            weights = dict(self.memory_model.named_parameters())
-            save_directory(Path(output_dir or self.out_dir) / MODEL, weights, {})
+            _save_weights(self.memory_model, Path(output_dir or self.out_dir) / MODEL)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        weights, _ = load_directory(Path(resume_from_checkpoint) / MODEL)
-        with torch.no_grad():
-            for name, parameter in self.memory_model.named_parameters():
-                parameter.copy_(weights[name])
+        _load_weights(self.memory_model, Path(resume_from_checkpoint) / MODEL)
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    save_directory(path, dict(model.named_parameters()), {})
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    weights, _ = load_directory(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
 
 
 def load_curriculum(checkpoint: Checkpoint, config: CurriculumConfig) -> Curriculum:
@@ -270,7 +303,10 @@ def load_curriculum(checkpoint: Checkpoint, config: CurriculumConfig) -> Curricu
 
 
 class _LastStep(TrainerCallback):  # type: ignore[misc]
-    """Keeps the Trainer's last step at the curriculum's: there the run logs, saves and stops."""
+    """Keeps the Trainer's last step at the curriculum's: there the run logs, saves and stops.
+
+    And after each step the average of the weights.
+    """
 
     def __init__(self, trainer: TaskTrainer) -> None:
         self._trainer = trainer
@@ -279,6 +315,11 @@ class _LastStep(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         state.max_steps = self._trainer.curriculum.last_step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._trainer.average_weights()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
