@@ -27,12 +27,13 @@ def compare_memory() -> RunConfig:
             # small models match "what followed this token before" in their last layer, and a gate
             # that starts at 0.27 leaves local attention time to learn it
             gate_bias_init=-1.0,
-            knn_memory=KnnMemoryConfig(layers=(3,), memory_size=8192, top_k=32, age_slope=0.5),
+            knn_memory=KnnMemoryConfig(layers=(3,), memory_size=32_768, top_k=32, age_slope=0.5),
         ),
-        data=DataConfig(train="DOCUMENTS", tokenizer="bpe:1024"),
+        # longer documents are cut, so that a memory of every age is met, the empty one too
+        data=DataConfig(train="DOCUMENTS", tokenizer="bpe:1024", max_document_tokens=32_768),
         training=TrainingConfig(
             rows_per_device=32,
-            max_steps=2500,
+            max_steps=5000,
             learning_rate=3e-3,
             warmup_steps=100,
             weight_decay=0.01,
