@@ -31,6 +31,11 @@ def test_special_tokens_stand_where_the_report_has_them():
     assert (config.start_ids, config.separator_ids, config.end_ids) == ((5,), (6,), (6,))
 
 
+def test_only_training_has_fragments():
+    part = TaskPart(name="detect", fragments=0.5)
+    assert [part.resolve(9, split).fragments for split in ("train", "validation")] == [0.5, 0.0]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

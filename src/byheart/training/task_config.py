@@ -34,6 +34,9 @@ class TaskPart:
     """Facts of a document; `capacity` only."""
     facts: str | None = None
     """File of stories, such as bAbI task 4; `reason` only. `None` takes all bAbI could make."""
+    fragments: float = 0.0
+    """Parts of facts per segment, on average, in the background of training: only whole facts
+    count. Evaluation has those of its stories alone."""
     background: str | None = None
     """Documents around the facts of training; `None` takes the stories that come with byheart."""
     validation_background: str | None = None
@@ -66,6 +69,7 @@ class TaskPart:
             segment_length=segment_length,
             num_facts=self.num_facts,
             facts=self.facts,
+            fragments=self.fragments if split == "train" else 0.0,
             background=self.background if split == "train" else self.validation_background,
         )
 

@@ -16,13 +16,14 @@ FORMS = [(name, form) for name in NAMES for form in ("clean", "report")][:-1]
 
 @pytest.fixture
 def make(words, numbered):
-    def make(name, split="train", seed=0, segment_length=23, form="clean", num_facts=None):
+    def make(name, split="train", seed=0, segment_length=23, form="clean", num_facts=None, **more):
         config = TaskConfig(
             name=name,
             form=form,
             segment_length=segment_length,
             num_facts=num_facts or (3 if name == "capacity" else 1),
             background=numbered,
+            **more,
         )
         return Task(config, words, split=split, seed=seed)
 
@@ -54,6 +55,51 @@ def test_a_document_is_facts_in_unbroken_background_and_a_question(make, words, 
         background = ids[is_background]
         np.testing.assert_array_equal(background, sample.background.read(0, len(background)))
         assert len(set(background.tolist())) == len(background)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fragments_are_parts_of_facts_without_their_beginning(make, words, name):
+    task, plain = make(name, fragments=2.0, segment_length=31), make(name, segment_length=31)
+    seen = Counter()
+    for index in range(60):
+        sample = task.sample(index, 1 + index % 3 if name != "capacity" else 3)
+        ids = whole(sample)
+        taken = np.zeros(len(ids), dtype=bool)
+        taken[len(ids) - sample.question_length :] = True
+        for position, piece in (*sample.facts, *sample.fragments):
+            np.testing.assert_array_equal(ids[position : position + len(piece)], piece)
+            assert not taken[position : position + len(piece)].any()
+            taken[position : position + len(piece)] = True
+        background = ids[~taken]
+        np.testing.assert_array_equal(background, sample.background.read(0, len(background)))
+        # everything else is as it would be without them
+        same = plain.sample(index, sample.num_segments)
+        assert (sample.label, sample.question.tolist()) == (same.label, same.question.tolist())
+        assert [f.tolist() for _, f in sample.facts] == [f.tolist() for _, f in same.facts]
+        if name == "memorize":
+            assert sample.fact_positions[0] < 31
+        seen["documents"] += 1
+        seen["segments"] += sample.num_segments
+        seen["fragments"] += len(sample.fragments)
+        for _, piece in sample.fragments:
+            text = words.decode(piece)
+            assert text.split()[0] not in {*KEYS, "The"}
+            seen["with a room"] += any(room in text for room in ROOMS)
+    assert 0.5 * seen["segments"] < seen["fragments"] < 2.5 * seen["segments"]
+    assert seen["with a room"] > seen["fragments"] / 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fragments": -1.0}, "fragments must be at least 0 and finite, got -1"),
+        ({"fragments": float("nan")}, "fragments must be at least 0 and finite, got nan"),
+        ({"fragments": 1.0, "form": "report"}, "fragments must be 0 for form='report', got 1"),
+    ],
+)
+def test_impossible_fragments_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TaskConfig(name="detect", segment_length=9, **settings)
 
 
 @pytest.mark.parametrize("name", ["memorize", "detect", "capacity"])

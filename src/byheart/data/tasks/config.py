@@ -1,5 +1,6 @@
 """Which task to make, and how."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -27,6 +28,9 @@ class TaskConfig:
     """JSON lines with `facts` (two), `question` and `answer`, such as bAbI task 4; `reason` only.
 
     `None` takes all stories bAbI's generator can make."""
+    fragments: float = 0.0
+    """Parts of facts per segment, on average, that stand in the background without being facts
+    ("went to the kitchen"); not in the report's form."""
     background: str | None = None
     """Documents in any format `iter_documents` reads. Give each split its own.
 
@@ -48,6 +52,12 @@ class TaskConfig:
             msg = (
                 f"num_facts must be 1 for name='{self.name}', got {self.num_facts}. Use 'capacity'."
             )
+            raise ValueError(msg)
+        if not 0 <= self.fragments < math.inf:
+            msg = f"fragments must be at least 0 and finite, got {self.fragments}."
+            raise ValueError(msg)
+        if self.fragments and self.form == "report":
+            msg = f"fragments must be 0 for form='report', got {self.fragments}. Use 'clean'."
             raise ValueError(msg)
         if self.facts is not None and self.name != "reason":
             msg = f"facts must be None for name='{self.name}', got {self.facts!r}. Use 'reason'."

@@ -22,7 +22,11 @@ REPORT_SPECIALS = 2
 
 
 def place_anywhere(
-    rng: np.random.Generator, lengths: Sequence[int], num_background: int, num_gaps: int
+    rng: np.random.Generator,
+    lengths: Sequence[int],
+    num_background: int,
+    num_gaps: int,
+    others: Sequence[tuple[int, int]] = (),
 ) -> list[int]:
     """Draw places for facts between the tokens of the background.
 
@@ -32,17 +36,22 @@ def place_anywhere(
         num_background: Tokens of background, facts and question not counted.
         num_gaps: Facts stand only before the first `num_gaps` tokens of the background, or at its
             end if there are fewer tokens.
+        others: What else stands between the tokens of the background, as pairs of a gap, which is
+            the number of background tokens before it, and a length in tokens.
 
     Returns:
-        The offset of each fact in the document. All gaps are equally likely, and so are all orders
-        of the facts; facts in the same gap follow each other.
+        The offset in the document of each fact, then of each of the others. For facts all gaps are
+        equally likely, and so are all orders; facts in the same gap follow each other.
     """
-    gaps = np.sort(rng.integers(min(num_gaps, num_background + 1), size=len(lengths)))
-    positions = [0] * len(lengths)
+    gaps = np.sort(rng.integers(min(num_gaps, num_background + 1), size=len(lengths))).tolist()
+    order = rng.permutation(len(lengths)).tolist()
+    items = [(gap, fact, lengths[fact]) for gap, fact in zip(gaps, order, strict=True)]
+    items += [(gap, len(lengths) + i, length) for i, (gap, length) in enumerate(others)]
+    positions = [0] * len(items)
     shift = 0
-    for gap, fact in zip(gaps.tolist(), rng.permutation(len(lengths)).tolist(), strict=True):
-        positions[fact] = gap + shift
-        shift += lengths[fact]
+    for gap, item, length in sorted(items, key=lambda item: item[0]):
+        positions[item] = gap + shift
+        shift += length
     return positions
 
 

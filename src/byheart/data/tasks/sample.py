@@ -36,6 +36,8 @@ class TaskSample:
     """The text around them."""
     tokenizer: Tokenizer
     """Turns tokens into text."""
+    fragments: tuple[tuple[int, Int32[np.ndarray, " _fragment"]], ...] = ()
+    """Offset and tokens of what looks like a part of a fact and is none."""
     overwrites: bool = False
     """Whether facts take the place of background tokens, as in the report, or come in between."""
     is_report: bool = False
@@ -90,7 +92,7 @@ class TaskSample:
     def _spans(self) -> Iterator[tuple[int, int, Int32[np.ndarray, " _text"] | None, int]]:
         """Yield where a span begins and ends, its source, and where the source's token 0 stands."""
         place = origin = 0
-        for position, fact in sorted(self.facts, key=lambda fact: fact[0]):
+        for position, fact in sorted((*self.facts, *self.fragments), key=lambda item: item[0]):
             yield place, position, None, origin
             place = position + len(fact)
             yield position, place, fact, position

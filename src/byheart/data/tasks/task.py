@@ -9,7 +9,8 @@
 
 All are classification into rooms; the question ends the document. In the **clean** form, held-out
 facts are never trained on (how they are chosen: `byheart.data.tasks.facts`), a fact begins at any
-token, so that it may cross a segment boundary, and no background comes twice. Only a document
+token, so that it may cross a segment boundary, and no background comes twice. On request, parts of
+facts stand in the background ("went to the kitchen"), as stories have them too. Only a document
 longer than the whole background goes on with the same stories in another order. The **report**
 form is the report's own: same facts in training and evaluation, the same place in every segment
 (`byheart.data.tasks.placement`), one article repeated for the whole document.
@@ -52,7 +53,9 @@ __all__ = ["Task"]
 
 # facts take their randomness apart from the background, so that neither depends on how much the
 # other consumes
-_FACT_SEED, _BACKGROUND_SEED = 0, 1
+_FACT_SEED, _BACKGROUND_SEED, _FRAGMENT_SEED = 0, 1, 2
+# so many first tokens of a fact, which tell of whom or what it is, no fragment has
+_SUBJECT_TOKENS = 2
 
 
 class Task:
@@ -140,12 +143,19 @@ class Task:
         num_tokens -= REPORT_SPECIALS if is_report else 0
         lengths = [len(fact) for fact in facts]
         num_background = num_tokens - len(question) - sum(lengths)
-        positions = self._place(rng, lengths, num_segments, num_background)
+        fragments = self._draw_fragments((*seed, _FRAGMENT_SEED), num_segments, num_background)
+        num_background -= sum(len(tokens) for _, tokens in fragments)
+        others = [(gap, len(tokens)) for gap, tokens in fragments]
+        positions = self._place(rng, lengths, num_segments, num_background, others)
         return TaskSample(
             num_tokens=num_tokens,
             num_segments=num_segments,
             label=self.labels.index(story.answer),
-            facts=tuple(zip(positions, facts, strict=True)),
+            facts=tuple(zip(positions, facts, strict=False)),
+            fragments=tuple(
+                (position, tokens)
+                for position, (_, tokens) in zip(positions[len(facts) :], fragments, strict=True)
+            ),
             question=question,
             background=self._background.stream(index, (*seed, _BACKGROUND_SEED)),
             tokenizer=self.tokenizer,
@@ -158,16 +168,45 @@ class Task:
             return draw_people(rng, self.config.num_facts, self.split)
         return self._stories[rng.integers(len(self._stories))]
 
+    def _draw_fragments(
+        self, seed: tuple[int, ...], num_segments: int, num_background: int
+    ) -> list[tuple[int, Int32[np.ndarray, " _fragment"]]]:
+        # how many background tokens each has before it, and its tokens
+        if not self.config.fragments:
+            return []
+        rng = np.random.default_rng(seed)
+        fragments, left = [], num_background
+        for _ in range(rng.poisson(self.config.fragments * num_segments)):
+            facts = self._draw_story(rng).facts
+            fact = self._sentences[facts[rng.integers(len(facts))]]
+            first = int(rng.integers(min(_SUBJECT_TOKENS, len(fact) - 1), len(fact)))
+            fragment = fact[first : int(rng.integers(first, len(fact))) + 1]
+            # at least half of the background stays
+            if len(fragment) <= left - num_background // 2:
+                fragments.append(fragment)
+                left -= len(fragment)
+        gaps = rng.integers(left + 1, size=len(fragments)).tolist()
+        return list(zip(gaps, fragments, strict=True))
+
     def _place(
-        self, rng: np.random.Generator, lengths: list[int], num_segments: int, num_background: int
+        self,
+        rng: np.random.Generator,
+        lengths: list[int],
+        num_segments: int,
+        num_background: int,
+        others: list[tuple[int, int]],
     ) -> list[int]:
         name, segment_length = self.config.name, self.config.segment_length
         if self.config.form == "report" and name != "capacity":
             return place_like_report(
                 rng, name, lengths, segment_length=segment_length, num_segments=num_segments
             )
-        num_gaps = segment_length if name == "memorize" else num_background + 1
-        return place_anywhere(rng, lengths, num_background, num_gaps)
+        num_gaps = num_background + 1
+        if name == "memorize":
+            # with what may stand before it, the fact still begins in the first segment
+            before = sum(length for gap, length in others if gap < segment_length)
+            num_gaps = max(1, segment_length - before)
+        return place_anywhere(rng, lengths, num_background, num_gaps, others)
 
     def _encode_sentences(self) -> dict[str, Int32[np.ndarray, " _token"]]:
         if self._stories is None:
