@@ -20,6 +20,7 @@ __all__ = [
 
 # BERT's window: [CLS] memory [SEP] text [SEP]
 _SPECIAL_TOKENS = 3
+_FRAGMENTS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,9 +35,10 @@ class TaskPart:
     """Facts of a document; `capacity` only."""
     facts: str | None = None
     """File of stories, such as bAbI task 4; `reason` only. `None` takes all bAbI could make."""
-    fragments: float = 0.0
+    fragments: float | None = None
     """Parts of facts per segment, on average, in the background of training: only whole facts
-    count. Evaluation has those of its stories alone."""
+    count. `None` is one for every other segment, and none in the report's form. Evaluation has
+    only what its stories have."""
     background: str | None = None
     """Documents around the facts of training; `None` takes the stories that come with byheart."""
     validation_background: str | None = None
@@ -69,9 +71,15 @@ class TaskPart:
             segment_length=segment_length,
             num_facts=self.num_facts,
             facts=self.facts,
-            fragments=self.fragments if split == "train" else 0.0,
+            fragments=self._fragments if split == "train" else 0.0,
             background=self.background if split == "train" else self.validation_background,
         )
+
+    @property
+    def _fragments(self) -> float:
+        if self.fragments is not None:
+            return self.fragments
+        return _FRAGMENTS if self.form == "clean" else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,9 +244,9 @@ class TaskTrainingConfig:
     """Documents that a process reads at the same time in one forward pass."""
     accumulation_steps: int = 1
     """Forward passes per optimizer step."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """Highest rate, of documents of one segment."""
-    length_decay: float = 0.0
+    length_decay: float = 0.5
     """Power of the length of the stage that the rate is divided by: the more segments a gradient
     goes back through, the more a step changes."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -246,13 +254,13 @@ class TaskTrainingConfig:
     `curriculum.continue_steps`: how long the stages take is not known before."""
     warmup_steps: int = 100
     """Steps in which the rate rises linearly from 0."""
-    weight_decay: float = 0.01
+    weight_decay: float = 0.1
     """Decay of the matrices; biases, norms, embeddings and memory tokens have none."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's averages of gradients and of their squares."""
     max_gradient_norm: float = 1.0
     """Longer gradients, over all parameters, are scaled down to this length."""
-    average_decay: float = 0.0
+    average_decay: float = 0.98
     """Decay per step of a running average of the weights. It is the average that is evaluated,
     decides on stages and is kept; 0 for the weights themselves."""
     precision: Literal["float32", "bfloat16"] = "float32"
