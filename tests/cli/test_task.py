@@ -10,7 +10,7 @@ from byheart.cli.main import main
 from byheart.cli.reproduce_generalization import PUBLISHED_GENERALIZATION
 
 RUN = [
-    "--set=window=29", "--set=encoder.num_layers=1", "--set=encoder.embed_dim=14",
+    "--set=window=29", "--set=encoder.num_layers=1", "--set=encoder.embed_dim=12",
     "--set=encoder.num_heads=2", "--set=encoder.hidden_dim=11", "--set=encoder.vocab_size=1100",
     "--set=memory.num_memory_tokens=3", "--set=curriculum.max_segments=2",
     "--set=curriculum.evaluate_every=3", "--set=curriculum.evaluate_samples=40",
