@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from byheart.errors import CheckpointError
-from byheart.memory.files import MANIFEST, read_manifest, write_manifest
+from byheart.memory.files import MANIFEST, read_manifest, require_format, write_manifest
 from byheart.memory.persistence import state_tensors, with_tensors
 from byheart.memory.state import MemoryState
 
@@ -336,20 +336,10 @@ def _remove(path: Path) -> None:
 def _open(path: Path, step: int) -> Checkpoint | CheckpointError:
     try:
         manifest = read_manifest(path)
-        _check_format(manifest, path)
+        require_format(manifest, path, FORMAT, FORMAT_VERSION)
     except CheckpointError as error:
         return error
     return Checkpoint(path=path, step=step, identity=manifest["identity"])
-
-
-def _check_format(manifest: Mapping[str, Any], path: Path) -> None:
-    found = (manifest.get("format"), manifest.get("format_version"))
-    if found != (FORMAT, FORMAT_VERSION):
-        msg = (
-            f"{path} must be a {FORMAT} of version {FORMAT_VERSION}, found {found[0]} of version "
-            f"{found[1]}. Resume with the byheart version that wrote it."
-        )
-        raise CheckpointError(msg)
 
 
 def _free_space(path: Path) -> str:
