@@ -17,17 +17,19 @@ def make_inputs(entries=ENTRIES, dtype=torch.float32):
     return queries, keys, torch.ones(BATCH, entries, dtype=torch.bool)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("top_k", [None, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_the_slow_twin(dtype, top_k, monkeypatch):
+def test_equals_the_slow_twin(dtype, top_k, biased, monkeypatch):
     queries, keys, valid = make_inputs(dtype=dtype)
     valid[1] = torch.rand(ENTRIES) < 0.6
     valid[2] = False
-    slow = reference_search.strided_bucket_top_k(queries, keys, valid, BUCKETS, top_k)
+    bias = 3 * torch.randn(BATCH, ENTRIES) if biased else None
+    slow = reference_search.strided_bucket_top_k(queries, keys, valid, BUCKETS, top_k, bias)
     poisoned = keys.masked_fill(~valid[:, None, :, None], torch.nan)
     for max_bytes in (1, 997, 2**20):
         monkeypatch.setattr(bucket_search, "default_max_bytes", lambda _, size=max_bytes: size)
-        found = strided_bucket_top_k(queries, poisoned, valid, BUCKETS, top_k)
+        found = strided_bucket_top_k(queries, poisoned, valid, BUCKETS, top_k, bias)
         torch.testing.assert_close(found.scores, slow.scores, **ROUNDING)
         assert torch.equal(found.slots, slow.slots)
         assert torch.equal(found.valid, slow.valid)

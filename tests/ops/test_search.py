@@ -34,16 +34,18 @@ def make_inputs(entries=ENTRIES, queries=QUERIES, dtype=torch.float32):
     return asked, keys, torch.ones(BATCH, entries, dtype=torch.bool)
 
 
-def full_product(queries, keys, valid, top_k):
+def full_product(queries, keys, valid, top_k, bias=None):
     """Search as anyone would who had the memory for all scores."""
     repeated = keys.float().repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     scores = queries @ repeated.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias[:, None, None]
     scores = scores.masked_fill(~valid[:, None, None], EXCLUDED)
     scores, slots = scores.topk(top_k)
     return Neighbours(scores, slots, scores > EXCLUDED)
 
 
-def assert_same(found, expected, queries, keys):
+def assert_same(found, expected, queries, keys, bias=None):
     """Equal scores, and slots that have these scores, each once: ties may be any of the tied."""
     assert_scores_close(found.scores, expected.scores)
     assert torch.equal(found.valid, expected.valid)
@@ -52,19 +54,24 @@ def assert_same(found, expected, queries, keys):
     repeated = keys.float().repeat_interleave(heads // keys.shape[1], dim=1)
     chosen = repeated.gather(2, found.slots.flatten(2)[..., None].expand(-1, -1, -1, head_dim))
     scores = (chosen.view(*found.slots.shape, head_dim) * queries.unsqueeze(3)).sum(-1)
+    if bias is not None:
+        bias = bias[:, None, None].expand(*found.slots.shape[:3], -1)
+        scores = scores + bias.gather(3, found.slots)
     assert_scores_close(scores[found.valid], found.scores[found.valid])
     each_once = torch.where(found.valid, found.slots, -1 - torch.arange(found.slots.shape[3]))
     each_once = each_once.sort(dim=3).values
     assert (each_once.diff(dim=3) > 0).all()
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_equals_the_slow_twin(dtype):
+def test_equals_the_slow_twin(dtype, biased):
     queries, keys, valid = make_inputs(dtype=dtype)
+    bias = 3 * torch.randn(BATCH, ENTRIES) if biased else None
     valid[1] = torch.rand(ENTRIES) < 0.7
     valid[2, TOP_K - 2 :] = False
-    found = top_k_inner_product(queries, keys, valid, TOP_K)
-    slow = reference_search.top_k_inner_product(queries, keys, valid, TOP_K)
+    found = top_k_inner_product(queries, keys, valid, TOP_K, bias=bias)
+    slow = reference_search.top_k_inner_product(queries, keys, valid, TOP_K, bias)
     assert_scores_close(found.scores, slow.scores)
     assert torch.equal(found.valid, slow.valid)
     assert torch.equal(found.slots, slow.slots)
@@ -129,6 +136,32 @@ def test_large_searches_equal_the_full_product(kind, scan_dtype):
     assert_same(found, full_product(queries, keys, valid, top_k), queries, keys)
 
 
+BIASES = {
+    "ages": lambda entries: -0.5 * torch.randperm(entries).add(1.0).log(),
+    "large": lambda entries: 1e4 * torch.randn(entries),
+    "far from zero": lambda entries: torch.randn(entries) - 1e4,
+    "one outlier": lambda entries: torch.eye(entries)[7] * 100,
+    "tiny": lambda entries: torch.randn(entries) * 1e-25,
+    "zero": torch.zeros,
+}
+
+
+@pytest.mark.parametrize("scan_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["normal", "clusters", "one hot cluster", "all equal", "tiny"])
+@pytest.mark.parametrize("bias_kind", BIASES)
+def test_large_searches_with_a_bias_equal_the_full_product(bias_kind, kind, scan_dtype):
+    keys, top_k = keys_of_kind(kind, 1013), 3
+    queries = unit(torch.randn(BATCH, HEADS, 131, HEAD_DIM)) * 5
+    valid = torch.ones(BATCH, 1013, dtype=torch.bool)
+    valid[1, 911:] = False
+    valid[2] = torch.rand(1013) < 0.5
+    bias = torch.stack([BIASES[bias_kind](1013) for _ in range(BATCH)])
+    expected = full_product(queries, keys, valid, top_k, bias)
+    poisoned = bias.masked_fill(~valid, torch.nan)
+    found = top_k_inner_product(queries, keys, valid, top_k, bias=poisoned, scan_dtype=scan_dtype)
+    assert_same(found, expected, queries, keys, bias)
+
+
 def test_several_levels_of_groups_equal_the_full_product():
     queries, keys = torch.randn(1, 1, 5, HEAD_DIM), torch.randn(1, 1, 20011, HEAD_DIM)
     valid = torch.ones(1, 20011, dtype=torch.bool)
@@ -145,20 +178,22 @@ def test_several_levels_of_groups_equal_the_full_product():
     repeats=st.integers(1, 3),
     max_bytes=st.sampled_from([1, 997, 2**13, 2**23]),
     scan_dtype=st.sampled_from([None, torch.float32, torch.bfloat16]),
+    biased=st.booleans(),
     data=st.data(),
 )
 def test_any_sizes_and_any_block_size_equal_the_full_product(
-    entries, queries, kv_heads, repeats, max_bytes, scan_dtype, data
+    entries, queries, kv_heads, repeats, max_bytes, scan_dtype, biased, data
 ):
     top_k = data.draw(st.integers(1, min(entries, 40)))
     used = data.draw(st.integers(0, entries))
     asked = torch.randn(2, kv_heads * repeats, queries, HEAD_DIM)
     keys = torch.randn(2, kv_heads, entries, HEAD_DIM)
     valid = torch.arange(entries) < torch.tensor([[used], [entries]])
+    bias = torch.randn(2, entries) if biased else None
     found = top_k_inner_product(
-        asked, keys, valid, top_k, max_bytes=max_bytes, scan_dtype=scan_dtype
+        asked, keys, valid, top_k, bias=bias, max_bytes=max_bytes, scan_dtype=scan_dtype
     )
-    assert_same(found, full_product(asked, keys, valid, top_k), asked, keys)
+    assert_same(found, full_product(asked, keys, valid, top_k, bias), asked, keys, bias)
 
 
 @pytest.mark.parametrize("max_bytes", [None, 2**12])
@@ -231,7 +266,16 @@ def test_search_is_an_operator_that_compilers_need_not_trace():
     queries, keys, valid = make_inputs(entries=701)
     operator = torch.ops.byheart.top_k_inner_product.default
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(operator, (queries, keys, valid, 3, 997, None), test_utils=checks)
+    for bias in (None, torch.randn(BATCH, 701)):
+        arguments = (queries, keys, valid, bias, 3, 997, None)
+        torch.library.opcheck(operator, arguments, test_utils=checks)
+
+
+def test_bias_that_is_not_finite_is_refused():
+    queries, keys, valid = make_inputs()
+    bias = torch.full((BATCH, ENTRIES), -torch.inf)
+    with pytest.raises(ValueError, match="bias must be finite where valid, got NaN or infinity"):
+        top_k_inner_product(queries, keys, valid, TOP_K, bias=bias)
 
 
 def test_result_carries_no_gradient():
@@ -240,14 +284,18 @@ def test_result_carries_no_gradient():
     assert not found.scores.requires_grad
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("scale", [1, 1e-25])
 @pytest.mark.parametrize("cut_errors", [-0.5, 0, 0.5, 1.5])
-def test_proof_holds_wherever_the_cut_lies(cut_errors, scale, monkeypatch):
+def test_proof_holds_wherever_the_cut_lies(cut_errors, scale, biased, monkeypatch):
     monkeypatch.setattr(search_cpu, "_CUT_ERRORS", cut_errors)
     # on a sphere of 3 dimensions scores lie closer together than bfloat16 can tell
     queries, keys = unit(torch.randn(1013, 3)), unit(torch.randn(1009, 3)) * scale
-    scores, _, proven = scan_top_k(queries, keys, 2, 2**20, Buffers(queries.device))
-    expected = (queries @ keys.t()).topk(2).values
+    bias = torch.randn(1009) * 0.05 * scale if biased else torch.zeros(1009)
+    scores, _, proven = scan_top_k(
+        queries, keys, 2, 2**20, Buffers(queries.device), bias if biased else None
+    )
+    expected = (queries @ keys.t() + bias).topk(2).values
     right = (scores - expected).abs().amax(1) <= 1e-6 * scale
     assert right[proven].all()
     if cut_errors < 1:
@@ -260,6 +308,11 @@ def test_scan_proves_ordinary_queries_and_gives_up_on_hopeless_ones():
     buffers = Buffers(queries.device)
     proven = scan_top_k(queries, unit(torch.randn(1013, HEAD_DIM)), 3, 2**16, buffers)[2]
     assert proven.float().mean() > 0.95
+    ages = torch.randperm(1013).add(1.0)
+    for slope in (0.1, 1):
+        keys, bias = unit(torch.randn(1013, HEAD_DIM)), -slope * ages.log()
+        proven = scan_top_k(10 * queries, keys, 3, 2**16, buffers, bias)[2]
+        assert proven.float().mean() > 0.8
     assert not scan_top_k(queries, torch.ones(1013, HEAD_DIM), 3, 2**16, buffers)[2].any()
     infinite = torch.full((1013, HEAD_DIM), torch.inf)
     assert not scan_top_k(queries, infinite, 3, 2**16, buffers)[2].any()

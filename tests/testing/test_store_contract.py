@@ -162,6 +162,17 @@ class IgnoresTheAge(DenseStore):
         return super().attend(queries, scale, top_k)
 
 
+class ChoosesWithoutTheAge(DenseStore):
+    """Entries are weighed by their age only after they were found without it."""
+
+    def _search(self, queries, top_k, bias):
+        found = super()._search(queries, top_k, None)
+        if bias is None:
+            return found
+        bias = bias[:, None, None].expand(*found.slots.shape[:3], -1).gather(3, found.slots)
+        return found._replace(scores=found.scores + bias)
+
+
 MUTANTS = {
     SharedOffset: "entry_numbers of row",
     OffByOneValidity: "Clause 3: row . must have",
@@ -181,7 +192,8 @@ MUTANTS = {
     NeverUsedUp: "Clause 7",
     KeepsTheGradient: "Clause 6: entries keep a gradient",
     AttendsWithoutScale: "attend must return the",
-    IgnoresTheAge: "attend must return the",
+    IgnoresTheAge: "attend must return the|Clause 8",
+    ChoosesWithoutTheAge: "Clause 8",
 }
 
 

@@ -20,9 +20,10 @@ class KnnMemoryConfig:
     """How memory and local attention are mixed: one learned gate per head (the paper), one softmax
     over both, or a gate per head that depends on the token."""
     age_slope: float = 0.0
-    """How much recent entries are preferred among those retrieved: an entry's weight is divided by
-    its age to this power (the paper: 0). Keys have no position, so without it the old entries of a
-    larger memory count as much as the new ones; try 0.5."""
+    """How much recent entries are preferred: an entry's weight in the softmax is divided by its age
+    to this power, and the entries with the largest weights are retrieved (the paper: 0). Keys have
+    no position, so without it the old entries of a larger memory count as much as the new ones;
+    try 0.5."""
     write: Literal["segment", "evicted"] = "segment"
     """What enters memory when a segment is complete: the segment (the paper; the XL cache then
     shows it a second time), or the tokens that leave the XL cache."""

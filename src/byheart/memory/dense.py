@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from byheart.errors import MemoryStateError
-from byheart.memory.age import age_bias
+from byheart.memory.age import find_by_weight
 from byheart.memory.ring import RingCursor
 from byheart.memory.store import KeyValues, MemoryRead
 from byheart.ops.bucket_search import strided_bucket_top_k
@@ -163,12 +163,7 @@ class DenseStore:
         Returns:
             Scores, slots, and which of them hold an entry.
         """
-        self.require_current()
-        if self.num_buckets is not None:
-            return strided_bucket_top_k(
-                queries, self.keys, self.cursor.valid(), self.num_buckets, top_k
-            )
-        return top_k_inner_product(queries, self.keys, self.cursor.valid(), top_k)
+        return self._search(queries, top_k, None)
 
     def gather(self, slots: Int[Tensor, "batch heads query top_k"]) -> KeyValues:
         """Return the content of slots.
@@ -202,14 +197,18 @@ class DenseStore:
         Returns:
             Attention over the retrieved entries.
         """
-        found = self.search(queries.detach(), top_k)
+
+        def search(queries: Tensor, bias: Tensor | None) -> Neighbours:
+            return self._search(queries, top_k, bias)
+
+        found, bias = find_by_weight(search, queries, scale, self.cursor, age_slope)
         attended = gather_attend(
             queries,
             scale,
             self.keys,
             self.values,
             found,
-            bias=age_bias(self.cursor, found.slots, age_slope),
+            bias=bias,
             empty_as_zero=self.empty_as_zero,
         )
         assert attended.logsumexp is not None
@@ -310,6 +309,14 @@ class DenseStore:
         self.keys[:, :, :num_used].copy_(state["keys"])
         self.values[:, :, :num_used].copy_(state["values"])
         return replace(self, cursor=replace(self.cursor, num_written=num_written), _turn=turn)
+
+    @torch.no_grad()
+    def _search(self, queries: Tensor, top_k: int, bias: Tensor | None) -> Neighbours:
+        self.require_current()
+        valid = self.cursor.valid()
+        if self.num_buckets is not None:
+            return strided_bucket_top_k(queries, self.keys, valid, self.num_buckets, top_k, bias)
+        return top_k_inner_product(queries, self.keys, valid, top_k, bias=bias)
 
     def _num_used(self, num_written: Int[Tensor, " rows"]) -> int:
         return min(self.memory_size, int(num_written.max()))

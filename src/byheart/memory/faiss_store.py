@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from byheart.memory.age import age_bias
+from byheart.memory.age import find_by_weight
 from byheart.memory.dense import DenseStore
 from byheart.memory.store import KeyValues, MemoryRead
 from byheart.ops.gather import gather_attend
@@ -31,6 +31,9 @@ _PROBED_SHARE = 4
 # k-means does not get better lists from more than this
 _TRAINING_POINTS_PER_LIST = 64
 _TRAINING_ROUNDS = 8
+
+# of a block, in units of top_k
+_FETCHED_WITH_BIAS = 4
 
 _EXCLUDED = torch.finfo(torch.float32).min
 
@@ -175,8 +178,7 @@ class FaissStore:
         Returns:
             Scores, slots, and which of them hold an entry.
         """
-        self.ring.require_current()
-        found = self._search(queries.detach().cpu().float(), top_k)
+        found = self._search(queries.detach().cpu().float(), top_k, None)
         return Neighbours(*(side.to(queries.device) for side in found))
 
     def gather(self, slots: Int[Tensor, "batch heads query top_k"]) -> KeyValues:
@@ -202,13 +204,15 @@ class FaissStore:
         Returns:
             Attention over the retrieved entries.
         """
-        found = self.search(queries.detach().cpu(), top_k)
-        bias = age_bias(self.ring.cursor, found.slots, age_slope)
-        attended = gather_attend(
-            queries.cpu(), scale.cpu(), self.ring.keys, self.ring.values, found, bias=bias
-        )
+        device, queries, scale = queries.device, queries.cpu(), scale.cpu()
+        cursor = self.ring.cursor
+
+        def search(queries: Tensor, bias: Tensor | None) -> Neighbours:
+            return self._search(queries.float(), top_k, bias)
+
+        found, bias = find_by_weight(search, queries, scale, cursor, age_slope)
+        attended = gather_attend(queries, scale, self.ring.keys, self.ring.values, found, bias=bias)
         assert attended.logsumexp is not None
-        device = queries.device
         return MemoryRead(
             attended.output.to(device),
             attended.logsumexp.to(device),
@@ -299,7 +303,9 @@ class FaissStore:
                 blocks[row, start] = block
         return blocks
 
-    def _search(self, queries: Tensor, top_k: int) -> Neighbours:
+    @torch.no_grad()
+    def _search(self, queries: Tensor, top_k: int, bias: Tensor | None) -> Neighbours:
+        self.ring.require_current()
         ring, valid = self.ring, self.ring.cursor.valid()
         check_shapes(queries, ring.keys, valid)
         check_finite(queries)
@@ -309,12 +315,13 @@ class FaissStore:
         scores = torch.full(shape, _EXCLUDED)
         slots = torch.zeros(shape, dtype=torch.long)
         for row in range(batch):
+            bias_N = None if bias is None else bias[row]
             parts = [
-                _search_block(block.indexes, start, queries[row], top_k)
+                _search_block(block.indexes, start, queries[row], top_k, bias_N)
                 for (of_row, start), block in self.blocks.items()
                 if of_row == row
             ]
-            parts += self._scan(row, valid[row], queries[row], top_k)
+            parts += self._scan(row, valid[row], queries[row], top_k, bias_N)
             if not parts:
                 continue
             all_scores, all_slots = (torch.cat(side, dim=-1) for side in zip(*parts, strict=True))
@@ -325,7 +332,12 @@ class FaissStore:
         return Neighbours(scores, slots.masked_fill(~is_valid, 0), is_valid)
 
     def _scan(
-        self, row: int, valid: Bool[Tensor, " entry"], queries: Tensor, top_k: int
+        self,
+        row: int,
+        valid: Bool[Tensor, " entry"],
+        queries: Tensor,
+        top_k: int,
+        bias_N: Tensor | None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Search what has no index, exactly.
 
@@ -341,7 +353,9 @@ class FaissStore:
             return []
         keys = self.ring.keys[row, :, slots]
         everything = torch.ones(1, len(slots), dtype=torch.bool)
-        found = top_k_inner_product(queries[None], keys[None], everything, min(top_k, len(slots)))
+        kept = min(top_k, len(slots))
+        bias = None if bias_N is None else bias_N[None, slots]
+        found = top_k_inner_product(queries[None], keys[None], everything, kept, bias=bias)
         return [(found.scores[0], slots[found.slots[0]])]
 
 
@@ -362,15 +376,22 @@ def _build_index(keys: Float[Tensor, "entry head_dim"]) -> Any:
 
 
 def _search_block(
-    indexes: tuple[Any, ...], start: int, queries: Float[Tensor, "heads query head_dim"], top_k: int
+    indexes: tuple[Any, ...],
+    start: int,
+    queries: Float[Tensor, "heads query head_dim"],
+    top_k: int,
+    bias_N: Float[Tensor, " entry"] | None,
 ) -> tuple[Tensor, Tensor]:
     """Search one block of one row.
 
     Returns:
-        Scores and slots `[heads, query, top_k]`; what was not found has the lowest score.
+        Scores and slots `[heads, query, k]`; what was not found has the lowest score.
     """
     faiss = _import_faiss()
     index = indexes[0]
+    if bias_N is not None:
+        # the index does not know of a bias: the best by weight are chosen from more of its best
+        top_k = min(_FETCHED_WITH_BIAS * top_k, index.ntotal)
     # enough lists to hold top_k entries several times over
     enough = 4 * top_k * index.nlist // index.ntotal
     num_probes = min(index.nlist, max(1, index.nlist // _PROBED_SHARE, enough))
@@ -383,5 +404,8 @@ def _search_block(
         slots.append(torch.from_numpy(found[1]))
     shape = (*queries.shape[:2], top_k)
     all_slots = torch.stack(slots).view(shape)
-    all_scores = torch.stack(scores).view(shape).masked_fill(all_slots < 0, _EXCLUDED)
-    return all_scores, all_slots + start
+    missing, all_slots = all_slots < 0, all_slots.clamp_min(0) + start
+    all_scores = torch.stack(scores).view(shape)
+    if bias_N is not None:
+        all_scores += bias_N[all_slots]
+    return all_scores.masked_fill(missing, _EXCLUDED), all_slots

@@ -56,17 +56,15 @@ class RingCursor:
         rank = torch.where(keep, rank_of_kept, rank_of_others)
         return (self.num_written[:, None] + rank) % self.memory_size
 
-    def ages(self, slots: Int[Tensor, "batch ..."]) -> Int[Tensor, "batch ..."]:
-        """Say how long ago entries were written.
-
-        Args:
-            slots: Slots that hold an entry.
+    def ages(self) -> Int[Tensor, "batch entry"]:
+        """Say how long ago the entry in each slot was written.
 
         Returns:
-            1 for the newest entry of the row, 2 for the one before, and so on.
+            1 for the newest entry of the row, 2 for the one before, and so on; empty slots come
+            after the used ones.
         """
-        newest = self.num_written.view(-1, *[1] * (slots.dim() - 1)) - 1
-        return 1 + (newest - slots) % self.memory_size
+        slots = torch.arange(self.memory_size, device=self.num_written.device)
+        return 1 + (self.num_written[:, None] - 1 - slots) % self.memory_size
 
     def advance(self, num_entries: Int[Tensor, " batch"]) -> "RingCursor":
         """Count entries as written.

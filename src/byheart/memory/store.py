@@ -27,7 +27,8 @@ class MemoryRead(NamedTuple):
     logsumexp: Float[Tensor, "batch heads query"]
     """Log of the softmax denominator, natural log, float32."""
     found: Neighbours
-    """What was retrieved: unscaled scores, slots, and which of them hold an entry."""
+    """What was retrieved, largest weight first: unscaled inner products, slots, and which of them
+    hold an entry."""
 
 
 @runtime_checkable
@@ -46,6 +47,8 @@ class MemoryStore(Protocol):
     6. Stored tensors carry no gradient; `attend` passes one to the queries and the scale.
     7. `append` and `reset` return the store after the call. After `append` the store it was called
        on is used up; `reset` leaves it as it was.
+    8. `attend` reads the entries with the largest weights: scaled inner product, less what their
+       age takes.
 
     An approximate store keeps the contract with clauses 3 and 4 for what it finds, and a recall
     that is measured and reported.
@@ -88,7 +91,7 @@ class MemoryStore(Protocol):
         """Search, then attend to what was found.
 
         `age_slope * log(age)` is taken from each score after the scale, where the age of the newest
-        entry of a row is 1. It does not change what is found.
+        entry of a row is 1. The entries found are those with the largest differences.
         """
 
     def entry_numbers(self) -> Int[Tensor, "batch entry"]:

@@ -9,13 +9,20 @@ from byheart.ops.search_select import EXCLUDED, Buffers, buffers_on, default_max
 
 
 def _bucket_maxima(
-    queries_QD: Tensor, keys_ND: Tensor, valid_N: Tensor, num_buckets: int, buffers: Buffers
+    queries_QD: Tensor,
+    keys_ND: Tensor,
+    valid_N: Tensor,
+    bias_N: Tensor | None,
+    num_buckets: int,
+    buffers: Buffers,
 ) -> tuple[Float[Tensor, "query bucket"], Int[Tensor, "query bucket"]]:
     """Return score and slot of the best entry of each bucket, for one head."""
     num_queries, num_entries = queries_QD.shape[0], keys_ND.shape[0]
     rounds = -(-num_entries // num_buckets)
     scores_QN = buffers.take("scores", (num_queries, rounds * num_buckets), torch.float32)
     torch.mm(queries_QD, keys_ND.t(), out=(product_QN := scores_QN[:, :num_entries]))
+    if bias_N is not None:
+        product_QN += bias_N
     product_QN.masked_fill_(~valid_N, EXCLUDED)
     scores_QN[:, num_entries:] = EXCLUDED
     best_QN, round_QN = scores_QN.view(num_queries, rounds, num_buckets).max(dim=1)
@@ -29,6 +36,7 @@ def strided_bucket_top_k(
     valid: Bool[Tensor, "batch entry"],
     num_buckets: int,
     top_k: int | None = None,
+    bias: Float[Tensor, "batch entry"] | None = None,
 ) -> Neighbours:
     """Find the best entry of each of `num_buckets` strided buckets; slot `i` is in bucket `i % n`.
 
@@ -54,6 +62,7 @@ def strided_bucket_top_k(
         valid: `True` where the slot holds an entry.
         num_buckets: Buckets, at most the number of slots. The released configurations use 128.
         top_k: Keep only the best of the bucket maxima; `None` keeps all, as the authors do.
+        bias: Added to the scores of each entry before the best of a bucket is chosen.
 
     Returns:
         `top_k` (or `num_buckets`) neighbours per query, by score, descending. A bucket without a
@@ -68,7 +77,7 @@ def strided_bucket_top_k(
         google-research/meliad, `transformer/memory/memory_layer.py`. The authors average entries
         that tie within a bucket; here one of them is returned.
     """
-    check_shapes(queries, keys, valid)
+    check_shapes(queries, keys, valid, bias)
     check_finite(queries)
     check_top_k(num_buckets, keys.shape[2], name="num_buckets")
     kept = num_buckets if top_k is None else top_k
@@ -81,12 +90,14 @@ def strided_bucket_top_k(
     slots = torch.empty(shape, dtype=torch.int64, device=queries.device)
     with torch.autocast(queries.device.type, enabled=False), buffers_on(queries.device) as buffers:
         for row in range(batch):
+            bias_N = None if bias is None else bias[row].float()
             for head in range(heads):
                 keys_ND = keys[row, head // repeats].float()
                 for start in range(0, num_queries, block):
                     part = slice(start, start + block)
+                    queries_QD = queries[row, head, part].float()
                     best_QN, slots_QN = _bucket_maxima(
-                        queries[row, head, part].float(), keys_ND, valid[row], num_buckets, buffers
+                        queries_QD, keys_ND, valid[row], bias_N, num_buckets, buffers
                     )
                     scores[row, head, part], order_QK = best_QN.topk(kept, dim=1)
                     slots[row, head, part] = slots_QN.gather(1, order_QK)

@@ -36,9 +36,9 @@ def gather_attend(
         scale: Factor of the scores, per head.
         keys: All slots of the memory.
         values: All slots of the memory.
-        found: What the search returned for these queries; its scores are used as they are.
-        bias: Added to the scores of retrieved entries, after the scale; it does not change which
-            entries are retrieved, and gets no gradient.
+        found: What a search found for these queries; its scores are inner products without a bias,
+            used as they are.
+        bias: Added to the scores of retrieved entries, after the scale; gets no gradient.
         empty_as_zero: Whether a retrieved slot without an entry takes part in the softmax as a key
             and value of zeros, as in the authors' code, instead of being left out.
 

@@ -9,10 +9,13 @@ from torch import Tensor
 from byheart.ops.search import Neighbours
 
 
-def _scored_entries(query_D: Tensor, keys_ND: Tensor, valid_N: Tensor) -> list[tuple[float, int]]:
+def _scored_entries(
+    query_D: Tensor, keys_ND: Tensor, valid_N: Tensor, bias_N: Tensor | None
+) -> list[tuple[float, int]]:
     """Return score and slot of every valid entry."""
+    bias = [0.0] * len(keys_ND) if bias_N is None else bias_N.tolist()
     return [
-        (float(torch.dot(query_D.float(), key_D.float())), slot)
+        (float(torch.dot(query_D.float(), key_D.float()) + bias[slot]), slot)
         for slot, key_D in enumerate(keys_ND)
         if valid_N[slot]
     ]
@@ -39,6 +42,7 @@ def top_k_inner_product(
     keys: Float[Tensor, "batch kv_heads entry head_dim"],
     valid: Bool[Tensor, "batch entry"],
     top_k: int,
+    bias: Float[Tensor, "batch entry"] | None = None,
 ) -> Neighbours:
     """Score every valid entry, sort, and keep the first `top_k`.
 
@@ -49,6 +53,7 @@ def top_k_inner_product(
         keys: All slots of the memory.
         valid: `True` where the slot holds an entry.
         top_k: Number of neighbours.
+        bias: Added to the scores of each entry.
 
     Returns:
         Scores, slots and validity.
@@ -57,7 +62,8 @@ def top_k_inner_product(
     repeats = heads // keys.shape[1]
     found = _empty(queries, top_k)
     for b, h, q in product(range(batch), range(heads), range(num_queries)):
-        scored = _scored_entries(queries[b, h, q], keys[b, h // repeats], valid[b])
+        bias_N = None if bias is None else bias[b]
+        scored = _scored_entries(queries[b, h, q], keys[b, h // repeats], valid[b], bias_N)
         _fill(found, (b, h, q), sorted(scored, reverse=True)[:top_k])
     return found
 
@@ -68,6 +74,7 @@ def strided_bucket_top_k(
     valid: Bool[Tensor, "batch entry"],
     num_buckets: int,
     top_k: int | None = None,
+    bias: Float[Tensor, "batch entry"] | None = None,
 ) -> Neighbours:
     """Keep the best valid entry of each bucket, sort, and keep the first `top_k` of these.
 
@@ -79,6 +86,7 @@ def strided_bucket_top_k(
         valid: `True` where the slot holds an entry.
         num_buckets: Slot `i` lies in bucket `i % num_buckets`.
         top_k: Number of neighbours; `None` for one of each bucket.
+        bias: Added to the scores of each entry.
 
     Returns:
         Scores, slots and validity.
@@ -89,7 +97,9 @@ def strided_bucket_top_k(
     found = _empty(queries, kept)
     for b, h, q in product(range(batch), range(heads), range(num_queries)):
         best_of_bucket: dict[int, tuple[float, int]] = {}
-        for score, slot in _scored_entries(queries[b, h, q], keys[b, h // repeats], valid[b]):
+        bias_N = None if bias is None else bias[b]
+        scored = _scored_entries(queries[b, h, q], keys[b, h // repeats], valid[b], bias_N)
+        for score, slot in scored:
             bucket = slot % num_buckets
             best_of_bucket[bucket] = max(best_of_bucket.get(bucket, (score, slot)), (score, slot))
         _fill(found, (b, h, q), sorted(best_of_bucket.values(), reverse=True)[:kept])

@@ -30,20 +30,22 @@ class Neighbours(NamedTuple):
     """The entries with the largest inner products, for each query and head."""
 
     scores: Float[Tensor, "batch heads query top_k"]
-    """Inner products in float32, descending; `finfo.min` where `valid` is false."""
+    """Inner products, with the bias if there is one, in float32; `finfo.min` where `valid` is
+    false. In descending order if they come from a search."""
     slots: Int[Tensor, "batch heads query top_k"]
     """Their slots, int64 and always in range; 0 where `valid` is false."""
     valid: Bool[Tensor, "batch heads query top_k"]
     """False at the end of rows with fewer than `top_k` valid entries."""
 
 
-def check_shapes(queries: Tensor, keys: Tensor, valid: Tensor) -> None:
+def check_shapes(queries: Tensor, keys: Tensor, valid: Tensor, bias: Tensor | None = None) -> None:
     """Refuse tensors that do not fit together.
 
     Args:
         queries: Batch, heads, queries, head_dim.
         keys: Batch, key-value heads, entries, head_dim.
         valid: Batch, entries.
+        bias: Batch, entries.
 
     Raises:
         ValueError: If their shapes do not fit.
@@ -71,6 +73,12 @@ def check_shapes(queries: Tensor, keys: Tensor, valid: Tensor) -> None:
         msg = (
             f"valid must have the shape (batch, entry) = ({batch}, {keys.shape[2]}), got "
             f"{tuple(valid.shape)}. Pass one flag per row and slot."
+        )
+        raise ValueError(msg)
+    if bias is not None and bias.shape != valid.shape:
+        msg = (
+            f"bias must have the shape (batch, entry) = {tuple(valid.shape)}, got "
+            f"{tuple(bias.shape)}. Pass one number per row and slot."
         )
         raise ValueError(msg)
 
@@ -120,6 +128,21 @@ def check_finite(queries: Tensor) -> None:
         raise ValueError(msg)
 
 
+def _checked_bias(bias: Tensor | None, valid: Tensor) -> Tensor | None:
+    """Return the bias in float32, zero where no entry is.
+
+    Raises:
+        ValueError: If a bias on the CPU is NaN or infinite.
+    """
+    if bias is None:
+        return None
+    bias = torch.where(valid, bias.float(), 0.0)
+    if bias.is_cpu and not torch.isfinite(bias).all():
+        msg = "bias must be finite where valid, got NaN or infinity. Leave entries out by valid."
+        raise ValueError(msg)
+    return bias
+
+
 def _uses_scan(
     num_queries: int, num_entries: int, top_k: int, scan_dtype: torch.dtype | None
 ) -> bool:
@@ -137,23 +160,27 @@ def _uses_scan(
 def _search_head(
     queries_QD: Tensor,
     keys_ND: Tensor,
+    bias_N: Tensor | None,
     top_k: int,
     max_bytes: int,
     scan_dtype: torch.dtype | None,
     buffers: Buffers,
 ) -> tuple[Tensor, Tensor]:
-    if not _uses_scan(queries_QD.shape[0], keys_ND.shape[0], top_k, scan_dtype):
+    def product(queries_QD: Tensor) -> tuple[Tensor, Tensor]:
+        bias_PN = None if bias_N is None else bias_N[None]
         scores, slots = product_top_k(
-            queries_QD[None], keys_ND[None], None, top_k, max_bytes, buffers
+            queries_QD[None], keys_ND[None], None, top_k, max_bytes, buffers, bias_PN
         )
         return scores[0], slots[0]
-    scores_QK, slots_QK, proven_Q = scan_top_k(queries_QD, keys_ND, top_k, max_bytes, buffers)
+
+    if not _uses_scan(queries_QD.shape[0], keys_ND.shape[0], top_k, scan_dtype):
+        return product(queries_QD)
+    scores_QK, slots_QK, proven_Q = scan_top_k(
+        queries_QD, keys_ND, top_k, max_bytes, buffers, bias_N
+    )
     if not proven_Q.all():
         rest = (~proven_Q).nonzero().squeeze(1)
-        scores, slots = product_top_k(
-            queries_QD[None, rest], keys_ND[None], None, top_k, max_bytes, buffers
-        )
-        scores_QK[rest], slots_QK[rest] = scores[0], slots[0]
+        scores_QK[rest], slots_QK[rest] = product(queries_QD[rest])
     return scores_QK, slots_QK
 
 
@@ -161,6 +188,7 @@ def _search_rows(
     queries_BGQD: Tensor,
     keys_BGND: Tensor,
     valid_BN: Tensor,
+    bias_BN: Tensor | None,
     top_k: int,
     limits: tuple[int, torch.dtype | None],
     buffers: Buffers,
@@ -180,11 +208,13 @@ def _search_rows(
         if num_present == 0:
             continue
         has_gaps = int(present[-1]) + 1 != num_present
+        bias_N = None if bias_BN is None else bias_BN[row].index_select(0, present)
         kept = min(top_k, num_present)
         is_valid[row, ..., :kept] = True
         for group, keys_ND in enumerate(keys_GND):
             candidates = keys_ND.index_select(0, present) if has_gaps else keys_ND[:num_present]
-            found = _search_head(queries_BGQD[row, group], candidates, kept, *limits, buffers)
+            queries_QD = queries_BGQD[row, group]
+            found = _search_head(queries_QD, candidates, bias_N, kept, *limits, buffers)
             scores[row, group, :, :kept] = found[0]
             slots[row, group, :, :kept] = present[found[1]] if has_gaps else found[1]
     return Neighbours(scores, slots, is_valid)
@@ -194,6 +224,7 @@ def _search_batch(
     queries_BGQD: Tensor,
     keys_BGND: Tensor,
     valid_BN: Tensor,
+    bias_BN: Tensor | None,
     top_k: int,
     max_bytes: int,
     buffers: Buffers,
@@ -210,15 +241,19 @@ def _search_batch(
         last = max(top_k, int(used[-1]) + 1 if len(used) else 0)
         keys_BGND = keys_BGND[:, :, :last]
         excluded_BN = None if valid_BN[:, :last].all() else ~valid_BN[:, :last]
-    if excluded_BN is not None:
-        excluded_BN = excluded_BN.unsqueeze(1).expand(-1, num_groups, -1).flatten(0, 1)
+        bias_BN = None if bias_BN is None else bias_BN[:, :last]
+    excluded_PN, bias_PN = (
+        None if side is None else side.unsqueeze(1).expand(-1, num_groups, -1).flatten(0, 1)
+        for side in (excluded_BN, bias_BN)
+    )
     scores, slots = product_top_k(
         queries_BGQD.flatten(0, 1),
         keys_BGND.flatten(0, 1),
-        excluded_BN,
+        excluded_PN,
         top_k,
         max_bytes,
         buffers,
+        bias_PN,
     )
     is_valid = scores > EXCLUDED
     return Neighbours(scores, slots.masked_fill_(~is_valid, 0), is_valid)
@@ -231,6 +266,7 @@ def top_k_inner_product(
     valid: Bool[Tensor, "batch entry"],
     top_k: int,
     *,
+    bias: Float[Tensor, "batch entry"] | None = None,
     max_bytes: int | None = None,
     scan_dtype: torch.dtype | None = None,
 ) -> Neighbours:
@@ -252,6 +288,7 @@ def top_k_inner_product(
         valid: `True` where the slot holds an entry. Keys of other slots are never looked at: they
             may hold NaN.
         top_k: Number of neighbours, at most the number of slots.
+        bias: Added to the scores of each entry before the largest are chosen; finite where `valid`.
         max_bytes: Bytes of scores held at a time; by default 8 MiB on CPU and 512 MiB on CUDA.
         scan_dtype: `torch.bfloat16` or `torch.float32` for the first pass on a CPU; by default the
             faster of the two for the size and the processor. The result is the same.
@@ -261,13 +298,13 @@ def top_k_inner_product(
 
     Raises:
         ValueError: If `top_k` is not between 1 and the number of slots, shapes do not fit,
-            a query on the CPU is not finite, or `scan_dtype` is another type.
+            a query or bias on the CPU is not finite, or `scan_dtype` is another type.
 
     Source:
         Wu et al. 2022, Memorizing Transformers, "kNN-augmented attention layer" (arXiv:2203.08913),
         which searches approximately: see `byheart.ops.bucket_search`.
     """
-    check_shapes(queries, keys, valid)
+    check_shapes(queries, keys, valid, bias)
     check_top_k(top_k, keys.shape[2])
     if scan_dtype not in (None, torch.float32, torch.bfloat16):
         msg = (
@@ -277,7 +314,7 @@ def top_k_inner_product(
         raise ValueError(msg)
     if max_bytes is None:
         max_bytes = default_max_bytes(queries.device)
-    return Neighbours(*_search(queries, keys, valid, top_k, max_bytes, scan_dtype))
+    return Neighbours(*_search(queries, keys, valid, bias, top_k, max_bytes, scan_dtype))
 
 
 # one opaque operator: torch.compile would trace into the row loop and the NumPy sorts
@@ -286,11 +323,13 @@ def _search(
     queries: Tensor,
     keys: Tensor,
     valid: Tensor,
+    bias: Tensor | None,
     top_k: int,
     max_bytes: int,
     scan_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_finite(queries)
+    bias = _checked_bias(bias, valid)
     shape = (*queries.shape[:3], top_k)
     device = queries.device
     with torch.autocast(device.type, enabled=False), buffers_on(device) as buffers:
@@ -302,10 +341,10 @@ def _search(
         score_bytes = 4 * shape[0] * shape[1] * shape[2] * keys.shape[2]
         fits = score_bytes <= max_bytes and scan_dtype is not torch.bfloat16
         if fits or not queries.is_cpu:
-            found = _search_batch(queries_BGQD, keys, valid, top_k, max_bytes, buffers)
+            found = _search_batch(queries_BGQD, keys, valid, bias, top_k, max_bytes, buffers)
         else:
             limits = (max_bytes, scan_dtype)
-            found = _search_rows(queries_BGQD, keys, valid, top_k, limits, buffers)
+            found = _search_rows(queries_BGQD, keys, valid, bias, top_k, limits, buffers)
     return found.scores.view(shape), found.slots.view(shape), found.valid.view(shape)
 
 
@@ -314,6 +353,7 @@ def _(
     queries: Tensor,
     keys: Tensor,
     valid: Tensor,
+    bias: Tensor | None,
     top_k: int,
     max_bytes: int,
     scan_dtype: torch.dtype | None,

@@ -10,6 +10,9 @@ that fails, or that has too many survivors, is returned as unproven and searched
 Keys are shifted by a common vector before rounding. That changes all scores of a query by the same
 amount, makes the error proportional to the spread of the keys and not to their length, and makes
 the scores that matter positive, where bfloat16 numbers order like the integers of the same bits.
+
+A bias of the entries is two more columns of the keys, its rounded value and what rounding left, for
+which every query has a 1: the product adds it to the score almost without an error.
 """
 
 import itertools
@@ -34,6 +37,9 @@ _LANES = 4
 # leaves fewer than 1 in 1000 ordinary queries unproven; 2 keeps 5% more survivors
 _CUT_ERRORS = 1.5
 
+# columns that hold the bias of an entry: its bfloat16 value and the rest
+_BIAS_COLUMNS = 2
+
 # survivors of a query, in units of top_k, above which it is given up as unproven; typical is 1.2
 _MAX_SURVIVORS = 4
 
@@ -50,20 +56,30 @@ class _Plan(NamedTuple):
         return int(GROUP**self.levels * self.repeats * self.buckets)
 
 
+class _Bias(NamedTuple):
+    """A bias of the entries, shifted by `center`; how large it then is, and how far rounded."""
+
+    values: Float[Tensor, " entry"]
+    center: Float[Tensor, ""]
+    max_size: Float[Tensor, ""]
+    max_error: Float[Tensor, ""]
+
+
 class _Codes(NamedTuple):
     """Keys of one head, shifted by `center` and rounded; rows beyond the entries are zero."""
 
-    codes: Float[Tensor, "column head_dim"]
+    codes: Float[Tensor, "column width"]
     center: Float[Tensor, " head_dim"]
     max_norm: Float[Tensor, ""]
     max_error: Float[Tensor, ""]
+    bias: _Bias | None
 
 
 class _Queries(NamedTuple):
     """A block of queries with the bound on the error of their scan scores."""
 
     values: Float[Tensor, "query head_dim"]
-    codes: Float[Tensor, "query head_dim"]
+    codes: Float[Tensor, "query width"]
     shift: Float[Tensor, " query"]
     error: Float[Tensor, " query"]
 
@@ -103,9 +119,21 @@ def _norms(vectors_ND: Tensor) -> Float[Tensor, " entry"]:
     return norms_N + math.sqrt(vectors_ND.shape[1]) * 2.0**-63
 
 
-def _encode(keys_ND: Tensor, width: int, buffers: Buffers) -> _Codes:
+def _encode_bias(bias_N: Tensor, codes_N2: Tensor) -> _Bias:
+    center = bias_N.mean()
+    shifted_N = bias_N - center
+    codes_N2[:, 0] = shifted_N
+    rest_N = shifted_N - codes_N2[:, 0]
+    codes_N2[:, 1] = rest_N
+    max_error = (rest_N - codes_N2[:, 1]).abs().amax()
+    return _Bias(bias_N, center, shifted_N.abs().amax(), max_error)
+
+
+def _encode(keys_ND: Tensor, bias_N: Tensor | None, width: int, buffers: Buffers) -> _Codes:
     num_entries, head_dim = keys_ND.shape
-    codes_ND = buffers.take("codes", (width, head_dim), torch.bfloat16)
+    code_dim = head_dim if bias_N is None else head_dim + _BIAS_COLUMNS
+    codes_NC = buffers.take("codes", (width, code_dim), torch.bfloat16)
+    codes_ND = codes_NC[:, :head_dim]
     # any vector near the keys serves; a sample of 512 costs nothing
     center_D = keys_ND[:: max(1, num_entries // 512)].float().mean(0)
     max_norm = max_error = torch.zeros(())
@@ -121,8 +149,9 @@ def _encode(keys_ND: Tensor, width: int, buffers: Buffers) -> _Codes:
         rounded.copy_(codes_ND[start:stop])
         max_norm = torch.maximum(max_norm, _norms(shifted).amax())
         max_error = torch.maximum(max_error, _norms(shifted.sub_(rounded)).amax())
-    codes_ND[num_entries:] = 0
-    return _Codes(codes_ND, center_D, max_norm, max_error)
+    bias = None if bias_N is None else _encode_bias(bias_N, codes_NC[:num_entries, head_dim:])
+    codes_NC[num_entries:] = 0
+    return _Codes(codes_NC, center_D, max_norm, max_error, bias)
 
 
 def _prepare(queries_QD: Tensor, keys: _Codes) -> _Queries:
@@ -134,8 +163,15 @@ def _prepare(queries_QD: Tensor, keys: _Codes) -> _Queries:
     # float32 sums of head_dim products, in the scan, in the shift and in the second scoring: each
     # wrong by at most head_dim * 2**-24 times the product of the norms
     length = keys.max_norm + _norms(keys.center.unsqueeze(0))
-    bound_Q += torch.maximum(norm_Q, rounded_Q) * length * (queries_QD.shape[1] + 8) * 2.0**-22
-    return _Queries(queries_QD, codes_QD, queries_QD @ keys.center, bound_Q)
+    size_Q, shift_Q = torch.maximum(norm_Q, rounded_Q) * length, queries_QD @ keys.center
+    if keys.bias is not None:
+        ones = codes_QD.new_ones(codes_QD.shape[0], _BIAS_COLUMNS)
+        codes_QD = torch.cat([codes_QD, ones], dim=1)
+        bound_Q += keys.bias.max_error
+        size_Q += keys.bias.max_size + keys.bias.center.abs()
+        shift_Q += keys.bias.center
+    bound_Q += size_Q * (codes_QD.shape[1] + 8) * 2.0**-22
+    return _Queries(queries_QD, codes_QD, shift_Q, bound_Q)
 
 
 def _scan(queries: _Queries, codes_ND: Tensor, plan: _Plan, buffers: Buffers) -> list[Tensor]:
@@ -258,6 +294,8 @@ def _search_block(
     places = shift_Q.index_select(0, query_ids).add_(torch.arange(query_ids.numel()))
     table_QC.view(-1).scatter_(0, places, slots)
     scores_QC = _score_survivors(queries.values, keys_ND, table_QC, buffers)
+    if codes.bias is not None:
+        scores_QC += codes.bias.values[table_QC]
     scores_QC.masked_fill_(torch.arange(width) >= counts_Q.unsqueeze(1), EXCLUDED)
     scores_QK, slots_QK = unpack(sort_packed(scores_QC, table_QC, top_k, buffers, in_order=True))
     # a query with fewer survivors than top_k has EXCLUDED as its last score and fails, too
@@ -271,6 +309,7 @@ def scan_top_k(
     top_k: int,
     max_bytes: int,
     buffers: Buffers,
+    bias_N: Float[Tensor, " entry"] | None = None,
 ) -> tuple[Float[Tensor, "query top_k"], Int[Tensor, "query top_k"], Bool[Tensor, " query"]]:
     """Find the keys with the largest inner products and say for which queries that is proven.
 
@@ -280,6 +319,7 @@ def scan_top_k(
         top_k: Neighbours per query.
         max_bytes: Size of the buffer of scan scores; decides how many queries share one.
         buffers: Reused memory.
+        bias_N: Added to the scores of each entry.
 
     Returns:
         Float32 scores, descending, slots, and the queries for which both are exact. The content of
@@ -287,7 +327,7 @@ def scan_top_k(
     """
     num_queries = queries_QD.shape[0]
     plan = _plan(keys_ND.shape[0], top_k)
-    codes = _encode(keys_ND, plan.width, buffers)
+    codes = _encode(keys_ND, bias_N, plan.width, buffers)
     queries = _prepare(queries_QD, codes)
     scores_QK = torch.empty(num_queries, top_k)
     slots_QK = torch.empty(num_queries, top_k, dtype=torch.int64)

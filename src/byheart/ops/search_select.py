@@ -267,6 +267,7 @@ def product_top_k(
     top_k: int,
     max_bytes: int,
     buffers: Buffers,
+    bias_PN: Float[Tensor, "problem entry"] | None = None,
 ) -> tuple[Float[Tensor, "problem query top_k"], Int[Tensor, "problem query top_k"]]:
     """Find the largest inner products of independent problems by float32 matrix products.
 
@@ -277,6 +278,7 @@ def product_top_k(
         top_k: Neighbours per query, at most `entry`.
         max_bytes: Size of the buffer of scores.
         buffers: Reused memory.
+        bias_PN: Added to the scores of each entry.
 
     Returns:
         Scores, descending, and slots. Excluded entries have the score `EXCLUDED`.
@@ -297,7 +299,11 @@ def product_top_k(
                 queries = queries_PQD[block]
                 shape = (queries.shape[0], queries.shape[1], keys.shape[1])
                 scores = buffers.take("product.scores", shape, torch.float32)
-                torch.bmm(queries, keys.transpose(1, 2), out=scores)
+                if bias_PN is None:
+                    torch.bmm(queries, keys.transpose(1, 2), out=scores)
+                else:
+                    bias = bias_PN[block[0], None, n : n + chunk_N].expand(shape)
+                    torch.baddbmm(bias, queries, keys.transpose(1, 2), out=scores)
                 if excluded_PN is not None:
                     scores.masked_fill_(excluded_PN[block[0], None, n : n + chunk_N], EXCLUDED)
                 kept = min(top_k, shape[2])
