@@ -1,9 +1,7 @@
-"""A kNN memory with approximate search on the CPU. The only importer of faiss."""
+"""A kNN memory with approximate search on the CPU."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from byheart.memory.age import find_by_weight
 from byheart.memory.dense import DenseStore
+from byheart.memory.faiss_index import build_index, import_faiss, search_index
 from byheart.memory.store import KeyValues, MemoryRead
 from byheart.ops.gather import gather_attend
 from byheart.ops.search import (
@@ -21,37 +20,11 @@ from byheart.ops.search import (
     check_top_k,
     top_k_inner_product,
 )
+from byheart.ops.search_select import EXCLUDED
 
 # of a larger memory an eighth is a block: what is not indexed yet stays a small part of a search
 _MIN_BLOCK_SIZE = 8192
 _MAX_BLOCKS = 8
-# lists of 128 entries, of which a quarter is read: see the measurements at `FaissStore`
-_ENTRIES_PER_LIST = 128
-_PROBED_SHARE = 4
-# k-means does not get better lists from more than this
-_TRAINING_POINTS_PER_LIST = 64
-_TRAINING_ROUNDS = 8
-
-# of a block, in units of top_k
-_FETCHED_WITH_BIAS = 4
-
-_EXCLUDED = torch.finfo(torch.float32).min
-
-
-def _import_faiss() -> ModuleType:
-    try:
-        with warnings.catch_warnings():
-            # its generated bindings lack a __module__, which newer Pythons report on import
-            warnings.simplefilter("ignore", DeprecationWarning)
-            import faiss
-    except ImportError as error:
-        msg = (
-            "store='faiss' needs the faiss package: pip install 'byheart[faiss]'. "
-            "For exact search without it use store='dense'."
-        )
-        raise ImportError(msg) from error
-    module: ModuleType = faiss
-    return module
 
 
 class IndexedBlock(NamedTuple):
@@ -126,7 +99,7 @@ class FaissStore:
         Raises:
             ValueError: If `block_size` is below 1.
         """
-        _import_faiss()
+        import_faiss()
         if block_size is None:
             block_size = max(_MIN_BLOCK_SIZE, -(-memory_size // _MAX_BLOCKS))
         if block_size < 1:
@@ -298,7 +271,7 @@ class FaissStore:
                 if block is None or block.first_entry != first_entry:
                     block = IndexedBlock(
                         first_entry,
-                        tuple(_build_index(keys) for keys in ring.keys[row, :, start:stop]),
+                        tuple(build_index(keys) for keys in ring.keys[row, :, start:stop]),
                     )
                 blocks[row, start] = block
         return blocks
@@ -312,12 +285,12 @@ class FaissStore:
         check_top_k(top_k, self.memory_size)
         batch, heads, num_queries, _ = queries.shape
         shape = (batch, heads, num_queries, top_k)
-        scores = torch.full(shape, _EXCLUDED)
+        scores = torch.full(shape, EXCLUDED)
         slots = torch.zeros(shape, dtype=torch.long)
         for row in range(batch):
             bias_N = None if bias is None else bias[row]
             parts = [
-                _search_block(block.indexes, start, queries[row], top_k, bias_N)
+                search_index(block.indexes, start, queries[row], top_k, bias_N)
                 for (of_row, start), block in self.blocks.items()
                 if of_row == row
             ]
@@ -328,7 +301,7 @@ class FaissStore:
             best = all_scores.topk(min(top_k, all_scores.shape[-1]))
             scores[row, ..., : best.values.shape[-1]] = best.values
             slots[row, ..., : best.values.shape[-1]] = all_slots.gather(-1, best.indices)
-        is_valid = scores > _EXCLUDED
+        is_valid = scores > EXCLUDED
         return Neighbours(scores, slots.masked_fill(~is_valid, 0), is_valid)
 
     def _scan(
@@ -357,55 +330,3 @@ class FaissStore:
         bias = None if bias_N is None else bias_N[None, slots]
         found = top_k_inner_product(queries[None], keys[None], everything, kept, bias=bias)
         return [(found.scores[0], slots[found.slots[0]])]
-
-
-def _build_index(keys: Float[Tensor, "entry head_dim"]) -> Any:
-    faiss = _import_faiss()
-    num_entries, head_dim = keys.shape
-    num_lists = max(1, num_entries // _ENTRIES_PER_LIST)
-    index = faiss.IndexIVFFlat(
-        faiss.IndexFlatIP(head_dim), head_dim, num_lists, faiss.METRIC_INNER_PRODUCT
-    )
-    index.cp.niter = _TRAINING_ROUNDS
-    index.cp.min_points_per_centroid = 1
-    index.cp.max_points_per_centroid = _TRAINING_POINTS_PER_LIST
-    vectors = keys.float().contiguous().numpy()
-    index.train(vectors)
-    index.add(vectors)
-    return index
-
-
-def _search_block(
-    indexes: tuple[Any, ...],
-    start: int,
-    queries: Float[Tensor, "heads query head_dim"],
-    top_k: int,
-    bias_N: Float[Tensor, " entry"] | None,
-) -> tuple[Tensor, Tensor]:
-    """Search one block of one row.
-
-    Returns:
-        Scores and slots `[heads, query, k]`; what was not found has the lowest score.
-    """
-    faiss = _import_faiss()
-    index = indexes[0]
-    if bias_N is not None:
-        # the index does not know of a bias: the best by weight are chosen from more of its best
-        top_k = min(_FETCHED_WITH_BIAS * top_k, index.ntotal)
-    # enough lists to hold top_k entries several times over
-    enough = 4 * top_k * index.nlist // index.ntotal
-    num_probes = min(index.nlist, max(1, index.nlist // _PROBED_SHARE, enough))
-    parameters = faiss.SearchParametersIVF(nprobe=num_probes)
-    queries_GQD = queries.reshape(len(indexes), -1, queries.shape[-1])
-    scores, slots = [], []
-    for head_index, head_queries in zip(indexes, queries_GQD.contiguous().numpy(), strict=True):
-        found = head_index.search(head_queries, top_k, params=parameters)
-        scores.append(torch.from_numpy(found[0]))
-        slots.append(torch.from_numpy(found[1]))
-    shape = (*queries.shape[:2], top_k)
-    all_slots = torch.stack(slots).view(shape)
-    missing, all_slots = all_slots < 0, all_slots.clamp_min(0) + start
-    all_scores = torch.stack(scores).view(shape)
-    if bias_N is not None:
-        all_scores += bias_N[all_slots]
-    return all_scores.masked_fill(missing, _EXCLUDED), all_slots
