@@ -73,8 +73,8 @@ def trained_decoder(text: Tensor, steps: int, *, normalize_qk: bool) -> Decoder:
     stream = text[: len(text) // ROWS * ROWS].view(ROWS, -1)
     for step in range(steps):
         start = step * SEGMENT % (stream.shape[1] - SEGMENT)
-        inputs, labels = (stream[:, start + shift :][:, :SEGMENT] for shift in (0, 1))
-        out = decoder(inputs, state=state, labels=labels)
+        inputs, targets = (stream[:, start + shift :][:, :SEGMENT] for shift in (0, 1))
+        out = decoder(inputs, state=state, targets=targets)
         assert out.loss is not None
         out.loss.backward()
         optimizer.step()
@@ -103,7 +103,7 @@ def decoder_keys(decoder: Decoder, text: Tensor) -> QueriesAndKeys:
     state = decoder.new_state(1)
     for start in range(0, len(text), SEGMENT):
         segment = text[None, start : start + SEGMENT]
-        out = decoder(segment, state=state, labels=segment)
+        out = decoder(segment, state=state, targets=segment)
         state = state.commit(out.new_entries)
     for hook in hooks:
         hook.remove()

@@ -81,8 +81,8 @@ def our_step(memory_size: int, tokens: Tensor, dtype: str) -> Step:
 
     def step() -> None:
         nonlocal state
-        inputs, labels = segments()
-        out = decoder(inputs, state=state, labels=labels)
+        inputs, targets = segments()
+        out = decoder(inputs, state=state, targets=targets)
         assert out.loss is not None
         optimize(decoder, optimizer, out.loss)
         state = state.commit(out.new_entries)

@@ -152,14 +152,14 @@ def test_gradient_reaches_queries_scale_and_gate_but_not_the_memory():
     state = decoder.new_state(3)
     for start in (0, 7):
         out = decoder(
-            tokens[:, start : start + 7], state=state, labels=tokens[:, start + 1 : start + 8]
+            tokens[:, start : start + 7], state=state, targets=tokens[:, start + 1 : start + 8]
         )
         out.loss.backward()
         assert all(not side.requires_grad for layer in out.new_entries.layers for side in layer)
         state = state.commit(out.new_entries)
     attention = decoder.blocks[1].attention
     decoder.zero_grad()
-    decoder(tokens[:, 14:20], state=state, labels=tokens[:, 15:21]).loss.backward()
+    decoder(tokens[:, 14:20], state=state, targets=tokens[:, 15:21]).loss.backward()
     for parameter in (attention.mix.gate_bias, attention.log_scale, attention.queries.weight):
         assert parameter.grad.abs().sum() > 0
 
@@ -167,16 +167,16 @@ def test_gradient_reaches_queries_scale_and_gate_but_not_the_memory():
 def test_loss_and_gradient_do_not_depend_on_padding_or_idle_rows():
     decoder = tiny_decoder().train()
     tokens = random_tokens(3, 8)
-    labels = tokens[:, 1:].clone()
-    labels[0, 4:] = -100
-    labels[2] = -100
+    targets = tokens[:, 1:].clone()
+    targets[0, 4:] = -100
+    targets[2] = -100
     num_tokens = torch.tensor([4, 7, 0])
-    padded = decoder(tokens[:, :7], num_tokens=num_tokens, labels=labels)
+    padded = decoder(tokens[:, :7], num_tokens=num_tokens, targets=targets)
     gradients = torch.autograd.grad(padded.loss, list(decoder.parameters()), allow_unused=True)
     other = tokens.clone()
     other[0, 4:] = 5
     other[2] = 9
-    again = decoder(other[:, :7], num_tokens=num_tokens, labels=labels)
+    again = decoder(other[:, :7], num_tokens=num_tokens, targets=targets)
     torch.testing.assert_close(padded.loss, again.loss)
     for one, two in zip(
         gradients,

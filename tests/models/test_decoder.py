@@ -49,19 +49,19 @@ def test_an_untrained_model_is_near_the_uniform_loss():
     torch.manual_seed(0)
     decoder = Decoder(preset("5m", 257))
     tokens = random_tokens(2, 101, vocab_size=257)
-    loss = decoder(tokens[:, :-1], labels=tokens[:, 1:]).loss
+    loss = decoder(tokens[:, :-1], targets=tokens[:, 1:]).loss
     assert loss.item() == pytest.approx(math.log(257), abs=0.1)
 
 
 def test_loss_is_the_mean_over_predicted_tokens():
     decoder = tiny_decoder()
     tokens = random_tokens(3, 8)
-    labels = tokens[:, 1:].clone()
-    labels[1, 2:] = -100
-    out = decoder(tokens[:, :7], labels=labels, return_logits=True)
+    targets = tokens[:, 1:].clone()
+    targets[1, 2:] = -100
+    out = decoder(tokens[:, :7], targets=targets, return_logits=True)
     log_probabilities = out.logits.log_softmax(-1)
-    kept = labels != -100
-    expected = -log_probabilities[kept].gather(1, labels[kept][:, None]).squeeze(1)
+    kept = targets != -100
+    expected = -log_probabilities[kept].gather(1, targets[kept][:, None]).squeeze(1)
     torch.testing.assert_close(out.token_losses[kept], expected)
     torch.testing.assert_close(out.loss, expected.mean())
     assert out.token_losses[~kept].eq(0).all()
@@ -69,7 +69,7 @@ def test_loss_is_the_mean_over_predicted_tokens():
 
 def test_a_batch_without_labels_has_loss_zero_and_a_finite_gradient():
     decoder = tiny_decoder()
-    out = decoder(random_tokens(2, 7), labels=torch.full((2, 7), -100))
+    out = decoder(random_tokens(2, 7), targets=torch.full((2, 7), -100))
     out.loss.backward()
     assert out.loss.item() == 0
     assert all(p.grad is None or p.grad.isfinite().all() for p in decoder.parameters())
@@ -83,7 +83,7 @@ def test_every_parameter_takes_part_in_every_step():
         for memory_size in (None, 0):
             decoder.zero_grad()
             state = decoder.new_state(2, memory_size=memory_size)
-            decoder(random_tokens(2, 7), state=state, labels=random_tokens(2, 7)).loss.backward()
+            decoder(random_tokens(2, 7), state=state, targets=random_tokens(2, 7)).loss.backward()
             assert all(p.grad is not None for p in decoder.parameters())
 
 

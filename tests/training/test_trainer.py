@@ -25,6 +25,7 @@ from byheart.training import arguments as arguments_module
 from byheart.training.callbacks import TensorboardCallback
 from byheart.training.checkpoint import find_checkpoint
 from byheart.training.optim import make_optimizer, schedule_arguments
+from byheart.training.wrapper import TrainedDecoder
 
 
 def test_trainer_equals_a_plain_loop(tmp_path):
@@ -43,7 +44,7 @@ def test_trainer_equals_a_plain_loop(tmp_path):
     expected, norms = [], []
     for step in range(config.max_steps):
         batch = collate([dataset[step * 3 + row] for row in range(3)])
-        out = decoder(**batch, state=state)
+        out = TrainedDecoder(decoder)(**batch, state=state)
         out.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), config.max_gradient_norm)
         norms.append(norm.item())
@@ -156,7 +157,8 @@ def _evaluate_with_memory(decoder: Decoder) -> dict[str, float]:
     assert not decoder.training
     assert not torch.is_grad_enabled()
     for step in range(6):
-        out = decoder(**collate([dataset[2 * step], dataset[2 * step + 1]]), state=state)
+        batch = collate([dataset[2 * step], dataset[2 * step + 1]])
+        out = TrainedDecoder(decoder)(**batch, state=state)
         state = state.commit(out.new_entries)
         total += out.loss.item()
     return {"loss": total}

@@ -15,8 +15,8 @@ from byheart.data.tokenize import Tokenizer
 from byheart.errors import DataError
 from byheart.evaluation.reading import CorpusReader, FirstDocuments, Setting, evaluating
 from byheart.evaluation.result import DocumentLoss, Measurement, PerplexityResult
-from byheart.models.config import DecoderConfig
-from byheart.models.decoder import Decoder
+from byheart.memory.layout import MemoryLayout
+from byheart.models.segment_model import SegmentModel
 
 __all__ = ["EvaluationProgress", "evaluate_perplexity"]
 
@@ -36,7 +36,7 @@ class EvaluationProgress:
 
 
 def evaluate_perplexity(  # noqa: PLR0913, all of them are what a reader of the result asks about
-    decoder: Decoder,
+    model: SegmentModel,
     corpus: TokenizedCorpus,
     *,
     memory_sizes: Sequence[int | None],
@@ -54,7 +54,8 @@ def evaluate_perplexity(  # noqa: PLR0913, all of them are what a reader of the 
     float64. What is held at a time is one segment of each row, whatever the documents' length.
 
     Args:
-        decoder: The model; its weights and modes are left as they are.
+        model: A `Decoder`, or a pretrained model with memory; its weights and modes are left as
+            they are.
         corpus: The documents.
         memory_sizes: Entries per row and head; 0 for none, `None` for the model's own size. A size
             may be larger than the one the model was trained with.
@@ -74,10 +75,12 @@ def evaluate_perplexity(  # noqa: PLR0913, all of them are what a reader of the 
             kNN memory or XL cache to vary, or corpus, tokenizer and model do not fit together.
         DataError: If no document has a token to predict.
     """
-    settings = _settings(decoder.config, memory_sizes, xl_cache)
-    _check_fit(decoder.config, corpus, tokenizer)
+    settings = _settings(model.memory_layout, memory_sizes, xl_cache)
+    _check_fit(model.vocab_size, corpus, tokenizer)
     _check_limits(rows, max_documents, max_tokens_per_document)
-    dataset = _segments(corpus, decoder.config, rows, max_documents, max_tokens_per_document)
+    dataset = _segments(
+        corpus, model.memory_layout.segment_length, rows, max_documents, max_tokens_per_document
+    )
     num_bytes = _num_bytes_predicted(corpus, dataset.plan, tokenizer)
     num_tokens = int((dataset.plan.document_tokens - 1).clip(min=0).sum())
 
@@ -91,26 +94,26 @@ def evaluate_perplexity(  # noqa: PLR0913, all of them are what a reader of the 
             on_progress(progress)
 
     measurements = tuple(
-        _measure(decoder, dataset, setting, num_bytes, partial(report, number))
+        _measure(model, dataset, setting, num_bytes, partial(report, number))
         for number, setting in enumerate(settings)
     )
     return PerplexityResult(
         measurements=measurements,
-        segment_length=decoder.config.segment_length,
+        segment_length=model.memory_layout.segment_length,
         corpus_fingerprint=corpus.fingerprint,
     )
 
 
 def _measure(
-    decoder: Decoder,
+    model: SegmentModel,
     dataset: SegmentDataset,
     setting: Setting,
     num_bytes: Mapping[int, int | None],
     report: Callable[[int], None],
 ) -> Measurement:
     started = time.perf_counter()
-    with evaluating(decoder):
-        reader = CorpusReader(decoder, dataset, setting)
+    with evaluating(model):
+        reader = CorpusReader(model, dataset, setting)
         for step in range(dataset.plan.num_steps):
             reader.read(step)
             report(reader.num_tokens)
@@ -133,9 +136,9 @@ def _measure(
 
 
 def _settings(
-    config: DecoderConfig, memory_sizes: Sequence[int | None], xl_cache: str
+    layout: MemoryLayout, memory_sizes: Sequence[int | None], xl_cache: str
 ) -> list[Setting]:
-    knn = config.knn_memory
+    knn = layout.knn_memory
     sizes = []
     for size in memory_sizes:
         own = 0 if knn is None else knn.memory_size
@@ -157,11 +160,11 @@ def _settings(
         for size in filter(None, sizes):
             # refuses a size that the buckets do not divide
             replace(knn, memory_size=size)
-    return [Setting(size, length) for length in _cache_lengths(config, xl_cache) for size in sizes]
+    return [Setting(size, length) for length in _cache_lengths(layout, xl_cache) for size in sizes]
 
 
-def _cache_lengths(config: DecoderConfig, xl_cache: str) -> tuple[int, ...]:
-    own = config.xl_cache_length
+def _cache_lengths(layout: MemoryLayout, xl_cache: str) -> tuple[int, ...]:
+    own = layout.xl_cache_length
     lengths = {"with": (own,), "without": (0,), "both": (own, 0)}
     if xl_cache not in lengths:
         msg = f"xl_cache must be one of {', '.join(lengths)}, got {xl_cache!r}."
@@ -172,10 +175,10 @@ def _cache_lengths(config: DecoderConfig, xl_cache: str) -> tuple[int, ...]:
     return lengths[xl_cache]
 
 
-def _check_fit(config: DecoderConfig, corpus: TokenizedCorpus, tokenizer: Tokenizer | None) -> None:
-    if corpus.manifest.vocab_size > config.vocab_size:
+def _check_fit(vocab_size: int, corpus: TokenizedCorpus, tokenizer: Tokenizer | None) -> None:
+    if corpus.manifest.vocab_size > vocab_size:
         msg = (
-            f"The corpus must use at most the model's vocabulary of {config.vocab_size} tokens, "
+            f"The corpus must use at most the model's vocabulary of {vocab_size} tokens, "
             f"its tokenizer has {corpus.manifest.vocab_size}. "
             "Tokenize the documents with the model's tokenizer."
         )
@@ -202,7 +205,7 @@ def _check_limits(rows: int, max_documents: int | None, max_tokens: int | None) 
 
 def _segments(
     corpus: TokenizedCorpus,
-    config: DecoderConfig,
+    segment_length: int,
     rows: int,
     max_documents: int | None,
     max_tokens: int | None,
@@ -217,7 +220,7 @@ def _segments(
         raise DataError(msg)
     plan = RowPlan(
         documents.lengths,
-        segment_length=config.segment_length,
+        segment_length=segment_length,
         num_rows=min(rows, len(documents.lengths)),
         max_document_tokens=max_tokens,
     )

@@ -13,25 +13,21 @@ from byheart.data.corpus import TokenizedCorpus
 from byheart.data.rows import RowPosition, SegmentDataset, collate
 from byheart.evaluation.result import POSITION_EDGES, PositionBucket
 from byheart.memory.state import MemoryState
-from byheart.models.decoder import Decoder
+from byheart.models.eval_mode import eval_mode
+from byheart.models.segment_model import SegmentModel
 from byheart.ops.losses import IGNORED
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: SegmentModel | nn.Module) -> Iterator[None]:
     """Put a model into eval mode without gradients, and restore each module's mode afterwards.
 
     Args:
         model: The model.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    assert isinstance(model, nn.Module)
+    with eval_mode(model), torch.inference_mode():
+        yield
 
 
 class Setting(NamedTuple):
@@ -82,17 +78,17 @@ class CorpusReader:
     inside `evaluating`.
 
     Args:
-        decoder: The model.
+        model: The model.
         dataset: The segments.
         setting: Memory size and XL cache.
     """
 
-    def __init__(self, decoder: Decoder, dataset: SegmentDataset, setting: Setting) -> None:
-        self._decoder = decoder
+    def __init__(self, model: SegmentModel, dataset: SegmentDataset, setting: Setting) -> None:
+        self._model = model
         self._dataset = dataset
         self._hides_cache = setting.xl_cache_length == 0
         self._rows = list(range(dataset.plan.num_rows))
-        self._state = decoder.new_state(len(self._rows), memory_size=setting.memory_size)
+        self._state = model.new_state(len(self._rows), memory_size=setting.memory_size)
         num_documents = len(dataset.plan.document_tokens)
         self.nats_per_document = np.zeros(num_documents)
         """Summed loss of each document of the corpus so far."""
@@ -130,13 +126,13 @@ class CorpusReader:
         batch = collate([self._dataset[first_item + row] for row in self._rows])
         idle = batch["num_tokens"] == 0
         device = self._state.position.device
-        out = self._decoder(
+        out = self._model(
             batch["input_ids"].to(device),
             state=self._state.without_xl_cache() if self._hides_cache else self._state,
             # rows without an unfinished segment let attention take the path for whole segments
             document_start=(batch["document_start"] | idle).to(device),
             num_tokens=batch["num_tokens"].to(device),
-            labels=batch["labels"].to(device),
+            targets=batch["labels"].to(device),
         )
         self._state = self._state.commit(out.new_entries)
         self.peak_state_bytes = max(self.peak_state_bytes, num_state_bytes(self._state))

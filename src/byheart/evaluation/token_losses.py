@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from byheart.evaluation.reading import evaluating
-from byheart.models.decoder import Decoder
+from byheart.models.segment_model import SegmentModel
 
 __all__ = ["TokenLossDifferences", "token_loss_differences"]
 
@@ -27,7 +27,7 @@ class TokenLossDifferences(NamedTuple):
 
 
 def token_loss_differences(
-    decoder: Decoder,
+    model: SegmentModel,
     tokens: Int[Tensor, " token"],
     memory_size_a: int,
     memory_size_b: int,
@@ -40,7 +40,7 @@ def token_loss_differences(
     memory, read "up to rounding" (about 1e-5 nats).
 
     Args:
-        decoder: The model.
+        model: The model.
         tokens: One document, start token first; at least two tokens.
         memory_size_a: Entries per row and head of the first memory; 0 for none.
         memory_size_b: Entries per row and head of the second memory; 0 for none.
@@ -59,23 +59,23 @@ def token_loss_differences(
     if len(tokens) < 2:
         msg = f"A document must have at least 2 tokens to predict one, got {len(tokens)}."
         raise ValueError(msg)
-    with evaluating(decoder):
+    with evaluating(model):
         losses_a, losses_b = (
-            _read(decoder, tokens, memory_size) for memory_size in (memory_size_a, memory_size_b)
+            _read(model, tokens, memory_size) for memory_size in (memory_size_a, memory_size_b)
         )
     return TokenLossDifferences(losses_a, losses_b)
 
 
 def _read(
-    decoder: Decoder, tokens: Int[Tensor, " token"], memory_size: int
+    model: SegmentModel, tokens: Int[Tensor, " token"], memory_size: int
 ) -> Float[Tensor, " prediction"]:
-    state = decoder.new_state(1, memory_size=memory_size)
+    state = model.new_state(1, memory_size=memory_size)
     tokens = tokens.long().to(state.position.device)
-    length = decoder.config.segment_length
+    length = model.memory_layout.segment_length
     losses = []
     for start in range(0, len(tokens) - 1, length):
         piece = tokens[None, start : start + length + 1]
-        out = decoder(piece[:, :-1], state=state, labels=piece[:, 1:])
+        out = model(piece[:, :-1], state=state, targets=piece[:, 1:])
         assert out.token_losses is not None
         losses.append(out.token_losses[0].cpu())
         state = state.commit(out.new_entries)

@@ -1,23 +1,20 @@
 """The Memorizing Transformer from scratch: `Decoder`."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from byheart.memory.persistence import load_state, save_state
+from byheart.memory.layout import MemoryLayout
 from byheart.memory.state import MemoryState, NewEntries
 from byheart.memory.store import KeyValues, MemoryStore
-from byheart.memory.stores import MakeStore
 from byheart.models.attention import Attention
 from byheart.models.config import DecoderConfig
-from byheart.models.fingerprint import model_fingerprint
 from byheart.models.init import initialize
 from byheart.models.local import LocalContext
 from byheart.models.norm import RMSNorm
+from byheart.models.segment_model import StateKeeper
 from byheart.ops.losses import IGNORED, cross_entropy
 
 
@@ -30,7 +27,7 @@ class DecoderOutput:
     loss: Float[Tensor, ""] | None = None
     """Mean negative log likelihood of the predicted tokens, in nats; 0 if there are none."""
     token_losses: Float[Tensor, "batch query"] | None = None
-    """Negative log likelihood of each label, in nats; 0 where the label is -100."""
+    """Negative log likelihood of each target, in nats; 0 where it is -100."""
     logits: Float[Tensor, "batch query vocab"] | None = None
     """Scores of the next token, float32."""
 
@@ -69,13 +66,13 @@ class Block(nn.Module):
         return hidden + self.dropout(self.contract(inner)), new
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, StateKeeper):
     """Decoder-only transformer with an XL cache and a kNN memory.
 
     Forward reads memory and never writes it:
 
         state = decoder.new_state(batch_size=4)
-        out = decoder(input_ids, state=state, document_start=first, labels=labels)
+        out = decoder(input_ids, state=state, document_start=first, targets=targets)
         out.loss.backward()
         state = state.commit(out.new_entries)
 
@@ -93,61 +90,20 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         initialize(self)
 
-    def new_state(
-        self,
-        batch_size: int,
-        *,
-        memory_size: int | None = None,
-        device: torch.device | None = None,
-        make_store: MakeStore | None = None,
-    ) -> MemoryState:
-        """Make a state in which no row has read anything.
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it can predict."""
+        return self.config.vocab_size
 
-        Args:
-            batch_size: Rows.
-            memory_size: Entries per row and head, if not the config's; 0 switches the kNN memory
-                off. A model may read a larger memory than it was trained with.
-            device: Where the state lives; `None` for the model's device.
-            make_store: Makes the store of a memory layer, for stores of your own; `None` for the
-                store that the config names.
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
 
-        Returns:
-            The empty state.
-        """
-        weight = self.embedding.weight
-        return MemoryState.empty(
-            self.config.memory_layout,
-            batch_size,
-            memory_size=memory_size,
-            device=weight.device if device is None else device,
-            make_store=make_store,
-        )
-
-    def save_state(self, state: MemoryState, directory: str | os.PathLike[str]) -> None:
-        """Write a state of this model to a directory, with a fingerprint of the weights.
-
-        Args:
-            state: What to save.
-            directory: Where to. It is replaced only when the new one is complete.
-        """
-        self.config.memory_layout.require_same(state.layout, "The memory state")
-        save_state(state, Path(directory), fingerprint=model_fingerprint(self))
-
-    def load_state(self, directory: str | os.PathLike[str]) -> MemoryState:
-        """Read a state that these weights have made.
-
-        Args:
-            directory: Where `save_state` has written it.
-
-        Returns:
-            The state, on the model's device.
-        """
-        return load_state(
-            Path(directory),
-            self.config.memory_layout,
-            fingerprint=model_fingerprint(self),
-            device=self.embedding.weight.device,
-        )
+    @property
+    def memory_layout(self) -> MemoryLayout:
+        """The shape of its memory."""
+        return self.config.memory_layout
 
     def forward(
         self,
@@ -156,7 +112,7 @@ class Decoder(nn.Module):
         state: MemoryState | None = None,
         document_start: Bool[Tensor, " batch"] | None = None,
         num_tokens: Int[Tensor, " batch"] | None = None,
-        labels: Int[Tensor, "batch query"] | None = None,
+        targets: Int[Tensor, "batch query"] | None = None,
         return_logits: bool | None = None,
     ) -> DecoderOutput:
         """Read the next tokens of each row's document.
@@ -168,9 +124,8 @@ class Decoder(nn.Module):
             state: What the rows have read; `None` for nothing.
             document_start: Rows that begin a new document: they forget the one before.
             num_tokens: Real tokens of each row, the first so many columns; `None` for all.
-            labels: The token after each input, -100 where nothing is predicted. They are not
-                shifted here: `labels[t]` is what follows `input_ids[t]`.
-            return_logits: Whether to return logits; `None`: if there are no labels.
+            targets: The token after each input, -100 where nothing is predicted.
+            return_logits: Whether to return logits; `None`: if there are no targets.
 
         Returns:
             Loss or logits, and the entries to commit.
@@ -187,11 +142,11 @@ class Decoder(nn.Module):
             num_tokens=num_tokens,
         )
         if return_logits is None:
-            return_logits = labels is None
-        token_losses, logits = self.predict(hidden, targets=labels, logits=return_logits)
+            return_logits = targets is None
+        token_losses, logits = self.predict(hidden, targets=targets, logits=return_logits)
         loss = None
-        if labels is not None and token_losses is not None:
-            loss = token_losses.sum() / (labels != IGNORED).sum().clamp(min=1)
+        if targets is not None and token_losses is not None:
+            loss = token_losses.sum() / (targets != IGNORED).sum().clamp(min=1)
         return DecoderOutput(
             new_entries=new_entries, loss=loss, token_losses=token_losses, logits=logits
         )
@@ -226,7 +181,7 @@ class Decoder(nn.Module):
         self._check(state, batch)
         state = state.start_documents(document_start)
         require_columns(num_tokens, num_queries)
-        _require_inside_segment(state, num_tokens)
+        require_inside_segment(state, num_tokens)
         local = LocalContext.of(
             state, num_queries, self.config.window, self_visible=self.config.self_visible
         )
@@ -321,7 +276,16 @@ def require_columns(num_tokens: Int[Tensor, " batch"], width: int) -> None:
         raise ValueError(msg)
 
 
-def _require_inside_segment(state: MemoryState, num_tokens: Int[Tensor, " batch"]) -> None:
+def require_inside_segment(state: MemoryState, num_tokens: Int[Tensor, " batch"]) -> None:
+    """Refuse tokens that do not fit into the segment that a row is in.
+
+    Args:
+        state: What the rows have read.
+        num_tokens: Tokens of each row.
+
+    Raises:
+        ValueError: If a row has more than there is room.
+    """
     length = state.layout.segment_length
     left = length - state.num_pending
     if bool((num_tokens > left).any()):

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from byheart.memory.state import MemoryState
-from byheart.models.decoder import Decoder
+from byheart.models.segment_model import SegmentModel
 from byheart.models.streaming import read_tokens
 
 
@@ -48,7 +48,7 @@ class Generated(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    decoder: Decoder,
+    model: SegmentModel,
     input_ids: Int[Tensor, "batch query"],
     *,
     max_new_tokens: int,
@@ -64,7 +64,7 @@ def generate(
     as it is, and enters memory when it is complete.
 
     Args:
-        decoder: The model, in eval mode.
+        model: A `Decoder`, or a pretrained model with memory, in eval mode.
         input_ids: Prompts, or the next piece of what `state` has read; at least one token a row.
         max_new_tokens: Tokens to add at most.
         state: What the rows have read before; it is used up. `None` for nothing.
@@ -87,14 +87,14 @@ def generate(
         msg = "Every row needs at least one prompt token to continue from. Drop the empty prompts."
         raise ValueError(msg)
     sampling = sampling or SamplingConfig(temperature=0.0)
-    state = state if state is not None else decoder.new_state(batch)
-    read = read_tokens(decoder, input_ids, state, num_tokens=num_tokens)
+    state = state if state is not None else model.new_state(batch)
+    read = read_tokens(model, input_ids, state, num_tokens=num_tokens)
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     count = torch.zeros(batch, dtype=torch.long, device=input_ids.device)
     tokens: list[Tensor] = []
     for _ in range(max_new_tokens):
         if tokens:
-            read = read_tokens(decoder, tokens[-1][:, None], read.state, num_tokens=running.long())
+            read = read_tokens(model, tokens[-1][:, None], read.state, num_tokens=running.long())
         chosen = choose(read.last_logits, sampling, generator)
         if tokens:
             chosen = torch.where(running, chosen, tokens[-1])

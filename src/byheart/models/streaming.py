@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from byheart.memory.state import MemoryState
-from byheart.models.decoder import Decoder, require_columns
+from byheart.models.decoder import require_columns
+from byheart.models.segment_model import SegmentModel
 
 
 class ReadResult(NamedTuple):
@@ -23,7 +24,7 @@ class ReadResult(NamedTuple):
 
 @torch.no_grad()
 def read_tokens(
-    decoder: Decoder,
+    model: SegmentModel,
     input_ids: Int[Tensor, "batch query"],
     state: MemoryState,
     *,
@@ -36,7 +37,7 @@ def read_tokens(
     It does not matter how a document is cut into calls, or what the other rows do.
 
     Args:
-        decoder: The model.
+        model: A `Decoder`, or a pretrained model with memory.
         input_ids: The next tokens of each row.
         state: What the rows have read; it is used up.
         num_tokens: Real tokens of each row, the first so many columns; `None` for all.
@@ -50,18 +51,18 @@ def read_tokens(
     device = input_ids.device
     left = num_tokens if num_tokens is not None else torch.full((batch,), width, device=device)
     require_columns(left, width)
-    vocab = decoder.config.vocab_size
+    vocab = model.vocab_size
     last_logits = torch.zeros(batch, vocab, device=device)
     logits = torch.zeros(batch, width, vocab, device=device) if return_logits else None
     done = torch.zeros(batch, dtype=torch.long, device=device)
     if document_start is not None:
         state = state.start_documents(document_start)
     while bool((left > 0).any()):
-        room = decoder.config.segment_length - state.num_pending
+        room = model.memory_layout.segment_length - state.num_pending
         take = torch.minimum(left, room)
         columns = torch.arange(int(take.max()), device=device)
         at = (done[:, None] + columns).clamp(max=width - 1)
-        out = decoder(input_ids.gather(1, at), state=state, num_tokens=take)
+        out = model(input_ids.gather(1, at), state=state, num_tokens=take)
         assert out.logits is not None
         rows, offsets = (columns < take[:, None]).nonzero(as_tuple=True)
         if logits is not None:

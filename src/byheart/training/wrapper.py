@@ -47,5 +47,5 @@ class TrainedDecoder(nn.Module):
             state=state,
             document_start=document_start,
             num_tokens=num_tokens,
-            labels=labels,
+            targets=labels,
         )
