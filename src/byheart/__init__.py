@@ -15,6 +15,8 @@ from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.models.streaming import read_tokens
 
 if TYPE_CHECKING:
+    from byheart.adapters.attach import attach
+    from byheart.adapters.memory_model import MemoryModel
     from byheart.adapters.recurrent import RecurrentMemory
 
 __version__ = "0.1.0"
@@ -27,12 +29,14 @@ __all__ = [
     "DecoderConfig",
     "DecoderOutput",
     "KnnMemoryConfig",
+    "MemoryModel",
     "MemoryState",
     "MemoryStateError",
     "RecurrentMemory",
     "RecurrentMemoryConfig",
     "RecurrentState",
     "SamplingConfig",
+    "attach",
     "generate",
     "load_model",
     "model_fingerprint",
@@ -43,10 +47,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # needs transformers, which takes seconds to import
+    # these need transformers, which takes seconds to import
     if name == "RecurrentMemory":
         from byheart.adapters.recurrent import RecurrentMemory
 
         return RecurrentMemory
+    if name == "attach":
+        from byheart.adapters.attach import attach
+
+        return attach
+    if name == "MemoryModel":
+        from byheart.adapters.memory_model import MemoryModel
+
+        return MemoryModel
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

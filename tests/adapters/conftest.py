@@ -99,6 +99,20 @@ FAMILIES = (
     _decoder("bloom", "BloomConfig", "BloomForCausalLM", _BLOOM),
     _decoder("cohere2", "Cohere2Config", "Cohere2ForCausalLM", _LLAMA),
     _decoder("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM", _LLAMA),
+    _decoder("starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM", _LLAMA),
+    _decoder("granite", "GraniteConfig", "GraniteForCausalLM", _LLAMA),
+    _decoder("glm", "GlmConfig", "GlmForCausalLM", _GEMMA),
+    _decoder("cohere", "CohereConfig", "CohereForCausalLM", _LLAMA),
+    _decoder("mixtral", "MixtralConfig", "MixtralForCausalLM", _LLAMA),
+    _decoder(
+        "gpt_oss",
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            **_GEMMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    ),
     _encoder("bert", "BertConfig", "BertForSequenceClassification", _BERT),
     _encoder(
         "roberta",
@@ -139,6 +153,21 @@ FAMILIES = (
     ),
 )  # fmt: skip
 _BY_NAME = {family.name: family for family in FAMILIES}
+
+
+# memory can be attached to these; others do not look their attention function up
+ATTACHABLE = tuple(
+    family
+    for family in FAMILIES
+    if family.kind == "decoder" and family.name not in ("falcon", "bloom")
+)
+
+
+@pytest.fixture(params=ATTACHABLE, ids=lambda family: family.name)
+def attachable(request: pytest.FixtureRequest) -> Family:
+    """Every family that memory can be attached to."""
+    family: Family = request.param
+    return family
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.name)

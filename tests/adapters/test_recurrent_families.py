@@ -45,7 +45,11 @@ def test_padding_without_memory_is_the_base_models(family, without_memory, label
     mask[1, 4:] = 0
     mine = without_memory(ids, attention_mask=mask, labels=labels).logits
     theirs = base_logits(family, without_memory.model, ids, labels, mask)
-    if family.kind == "decoder":
+    if family.name == "gpt_oss":
+        # its experts multiply the tokens of all rows at once, in an order that padding changes
+        torch.testing.assert_close(mine[0], theirs[0])
+        torch.testing.assert_close(mine[1, :4], theirs[1, :4])
+    elif family.kind == "decoder":
         assert torch.equal(mine[0], theirs[0])
         assert torch.equal(mine[1, :4], theirs[1, :4])
     else:

@@ -24,6 +24,9 @@ class MemoryLayout:
     """The kNN memory, if there is one."""
     empty_slots: str = "masked"
     """Whether empty slots are left out or count as zeros, see `DecoderConfig.empty_slots`."""
+    unit_keys: bool = False
+    """Whether keys get length 1 when they enter the kNN memory, for models whose own keys are of
+    any length."""
 
     def require_same(self, other: "MemoryLayout", what: str) -> None:
         """Refuse a state that was made for another model.

@@ -13,6 +13,7 @@ from byheart.memory.layout import MemoryLayout
 from byheart.memory.ring import RingCursor
 from byheart.memory.store import KeyValues, MemoryStore
 from byheart.memory.stores import MakeStore, empty_stores
+from byheart.ops.norms import unit_length
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -244,6 +245,8 @@ class MemoryState:
                 )
                 columns = torch.arange(length, device=complete.device)
                 keep = keep & (columns >= self.layout.xl_cache_length - self.num_cached[:, None])
+            if self.layout.unit_keys:
+                entries = entries._replace(keys=unit_length(entries.keys))
             keep = keep.expand(-1, entries.keys.shape[2])
             written[layer] = store.append(entries.keys, entries.values, keep)
         return written

@@ -10,7 +10,7 @@ from byheart.memory.store import KeyValues, MemoryStore
 from byheart.models.config import DecoderConfig
 from byheart.models.local import LocalContext
 from byheart.models.mix import MemoryMix
-from byheart.models.norm import unit_length
+from byheart.ops.norms import unit_length
 from byheart.ops.positions import t5_buckets
 
 _NUM_BUCKETS = 32

@@ -1,0 +1,48 @@
+"""How memory is put on a pretrained decoder."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from byheart.memory.config import KnnMemoryConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttachConfig:
+    """A kNN memory in chosen layers and an XL cache in all layers of a pretrained decoder."""
+
+    knn: KnnMemoryConfig | None = None
+    """The kNN memory; `None` for none."""
+    xl_cache_length: int = 0
+    """Previous tokens whose keys and values every layer keeps."""
+    segment_length: int = 512
+    """Tokens after which a segment is complete and enters memory."""
+    memory_position: Literal["none", "window", "local"] = "none"
+    """Where queries stand when they search the memory, whose keys stand at 0: keys and queries
+    without positions; all queries at `segment_length`; queries at their place in the segment.
+    Models without rotary positions know only one way."""
+    gate: Literal["tanh", "linear", "sigmoid"] = "tanh"
+    """What makes a gate of a learned number. At `gate_init=0` the first two are closed, so that
+    the model is what it was, and yet learn; a sigmoid is closed nowhere."""
+    gate_init: float = 0.0
+    """First value of the learned numbers, before the function. With `combine="joint"` it is added
+    to the memory's scores, and no value closes the memory."""
+    normalize_qk: bool = False
+    """Search the memory with queries and keys of length 1 and a learned scale per head, as the
+    paper does, instead of those that the model has."""
+    scale_init: float | None = None
+    """First factor of the memory's scores; `None` for the model's own, or 10 with
+    `normalize_qk`."""
+
+    def __post_init__(self) -> None:
+        if self.knn is None and self.xl_cache_length == 0:
+            msg = "A kNN memory or an XL cache must be asked for: set knn or xl_cache_length."
+            raise ValueError(msg)
+        if self.xl_cache_length < 0:
+            msg = f"xl_cache_length must be 0 (none) or more, got {self.xl_cache_length}."
+            raise ValueError(msg)
+        if self.segment_length < 1:
+            msg = f"segment_length must be at least 1, got {self.segment_length}."
+            raise ValueError(msg)
+        if self.scale_init is not None and not self.scale_init > 0:
+            msg = f"scale_init must be above 0, got {self.scale_init}. None takes the model's."
+            raise ValueError(msg)

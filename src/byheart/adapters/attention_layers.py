@@ -1,0 +1,267 @@
+"""Find the attention layers of a model, and refuse models whose attention is not ours to change."""
+
+import inspect
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from byheart.adapters.attention_hook import (
+    VIEW,
+    AttentionCall,
+    AttentionResult,
+    hook_of,
+    install,
+    uninstall,
+)
+from byheart.adapters.families import model_kind
+from byheart.adapters.rotation import RotarySource, find_rotation, without_rotation
+from byheart.models.eval_mode import eval_mode
+
+# tokens of the trial that shows how a model attends
+_TRIAL_TOKENS = 5
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionLayers:
+    """The attention layers of a model, with our function in place of theirs."""
+
+    modules: tuple[nn.Module, ...]
+    """Attention modules, in the order of the layers."""
+    names: tuple[str, ...]
+    """Their names in the model."""
+    num_heads: int
+    """Query heads per layer."""
+    num_kv_heads: int
+    """Key-value heads per layer."""
+    head_dim: int
+    """Width of a head."""
+    scaling: tuple[float, ...]
+    """Factor of the scores, per layer."""
+    has_rotation: bool
+    """Whether any layer rotates; if not, positions are added to the embeddings."""
+    plain_softmax: bool
+    """Whether scores go into a softmax as they are: without cap and without sinks."""
+
+    @property
+    def sources(self) -> list[RotarySource]:
+        """Where the angles of the layers come from, each source once."""
+        hooks = [hook_of(module) for module in self.modules]
+        rotations = [hook.rotation for hook in hooks if hook is not None]
+        sources = [rotation.source for rotation in rotations if rotation is not None]
+        return list(dict.fromkeys(sources))
+
+    def uninstall(self) -> None:
+        """Give all layers their own attention function back."""
+        for module in self.modules:
+            uninstall(module)
+
+
+def find_attentions(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """List the self-attention modules of a decoder, without changing anything.
+
+    Args:
+        model: A causal language model.
+
+    Returns:
+        Names and modules, in the order of the layers.
+
+    Raises:
+        ValueError: If the model is no decoder, some layers have no attention, or one does not look
+            its attention function up.
+    """
+    if model_kind(model) != "decoder":
+        msg = f"model must be a causal language model, got {type(model).__name__}."
+        raise ValueError(msg)
+    family = model.config.model_type
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if getattr(module, "layer_idx", None) is not None and "Attention" in type(module).__name__
+    ]
+    closed = next((module for _, module in found if not _looks_up(module)), None)
+    config = model.config.get_text_config()
+    if closed is not None or not found:
+        what = "its attention" if closed is None else type(closed).__name__
+        msg = (
+            f"Memory enters a model where it looks its attention function up, but {what} of "
+            f"{family} does not do so. Use another model."
+        )
+        raise ValueError(msg)
+    if len(found) != config.num_hidden_layers:
+        msg = (
+            f"Every layer must have one attention, but {family} has {len(found)} in "
+            f"{config.num_hidden_layers} layers: what the others remember cannot be kept apart by "
+            "document. Use another model."
+        )
+        raise ValueError(msg)
+    if getattr(config, "attention_chunk_size", None):
+        msg = f"{family} attends in chunks, which do not fit segments. Use another model."
+        raise ValueError(msg)
+    return found
+
+
+def prepare_attentions(model: PreTrainedModel) -> AttentionLayers:
+    """Put our attention function into all layers, and find out by a trial how they attend.
+
+    Args:
+        model: A causal language model with its weights.
+
+    Returns:
+        The layers; their outputs are the model's own as long as a pass carries no view.
+
+    Raises:
+        ValueError: If the model does not fit. Nothing is changed then.
+    """
+    found = find_attentions(model)
+    with ExitStack() as undo:
+        for index, (name, module) in enumerate(found):
+            install(module, index, name)
+            undo.callback(uninstall, module)
+        layers = _examine(model, found)
+        undo.pop_all()
+    return layers
+
+
+class _Trial:
+    """A view that looks on."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, AttentionCall] = {}
+        self.arguments: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def attend(self, call: AttentionCall) -> AttentionResult:
+        if call.hook.index in self.calls:
+            msg = (
+                f"A layer must attend once, but {call.hook.name} does so several times. Use "
+                "another model."
+            )
+            raise ValueError(msg)
+        self.calls[call.hook.index] = call
+        return call.attend(call.key, call.value, call.mask)
+
+
+def _examine(model: PreTrainedModel, found: list[tuple[str, nn.Module]]) -> AttentionLayers:
+    trial, sources = _run_trial(model, found)
+    family = model.config.model_type
+    if len(trial.calls) != len(found):
+        msg = f"Arguments do not reach the attention of {family}. Use another model."
+        raise ValueError(msg)
+    calls = [trial.calls[index] for index in range(len(found))]
+    shapes = {(call.query.shape[1], call.key.shape[1], call.key.shape[3]) for call in calls}
+    if len(shapes) != 1 or any(call.key.shape != call.value.shape for call in calls):
+        msg = (
+            f"Queries, keys and values must have one shape in all layers, but those of {family} "
+            f"are of {sorted(shapes)} with values of width "
+            f"{sorted({call.value.shape[3] for call in calls})}. Use another model."
+        )
+        raise ValueError(msg)
+    for call in calls:
+        _find_rotation_of(call, trial, sources, family)
+    has_rotation = any(call.hook.rotation is not None for call in calls)
+    if not has_rotation and getattr(model.config.get_text_config(), "rope_parameters", None):
+        msg = f"{family} rotates its keys where it cannot be seen. Use another model."
+        raise ValueError(msg)
+    num_heads, num_kv_heads, head_dim = next(iter(shapes))
+    return AttentionLayers(
+        modules=tuple(module for _, module in found),
+        names=tuple(name for name, _ in found),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scaling=tuple(call.options.get("scaling") or head_dim**-0.5 for call in calls),
+        has_rotation=has_rotation,
+        plain_softmax=not any(
+            call.options.get(name) is not None for call in calls for name in ("softcap", "s_aux")
+        ),
+    )
+
+
+def _run_trial(
+    model: PreTrainedModel, found: list[tuple[str, nn.Module]]
+) -> tuple[_Trial, dict[int, RotarySource]]:
+    """Run the model once and look on.
+
+    Returns:
+        What was seen, and the sources of angles by the identity of their cosines.
+
+    Raises:
+        ValueError: If the model has no weights.
+    """
+    trial, sources, kept = _Trial(), {}, []
+
+    def see_angles(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            kept.append(output)  # while they are kept, no other tensor has their identity
+            sources[id(output[0])] = RotarySource.of_call(module, args, kwargs)
+
+    def see_arguments(index: int) -> Any:
+        def see(_: nn.Module, args: Any, kwargs: Any) -> None:
+            trial.arguments[index] = (args, kwargs)
+
+        return see
+
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":
+        msg = "The model must have its weights, got one on the meta device. Load it first."
+        raise ValueError(msg)
+    with ExitStack() as stack:
+        for index, (_, module) in enumerate(found):
+            handle = module.register_forward_pre_hook(see_arguments(index), with_kwargs=True)
+            stack.callback(handle.remove)
+        for module in model.modules():
+            if "RotaryEmbedding" in type(module).__name__:
+                handle = module.register_forward_hook(see_angles, with_kwargs=True)
+                stack.callback(handle.remove)
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(torch.no_grad())
+        ids = torch.arange(1, 1 + _TRIAL_TOKENS, device=device)[None]
+        ids %= model.get_input_embeddings().weight.shape[0]
+        model(input_ids=ids, use_cache=False, **{VIEW: trial})
+    return trial, sources
+
+
+def _find_rotation_of(
+    call: AttentionCall, trial: _Trial, sources: dict[int, RotarySource], family: str
+) -> None:
+    """Write into a layer's hook how it rotates.
+
+    Raises:
+        ValueError: If that cannot be undone.
+    """
+    if call.angles is None:
+        return
+    where = f"{call.hook.name} of {family}"
+    source = sources.get(id(call.angles[0])) if isinstance(call.angles, tuple) else None
+    apply = getattr(sys.modules[type(call.module).__module__], "apply_rotary_pos_emb", None)
+    if source is None or apply is None:
+        msg = f"{where} has positions of a kind that cannot be undone. Use another model."
+        raise ValueError(msg)
+    args, kwargs = trial.arguments[call.hook.index]
+    plain = _Trial()
+    bound = inspect.signature(call.module.forward).bind(*args, **kwargs)
+    options = bound.arguments.get("kwargs", {})
+    arguments = {name: value for name, value in bound.arguments.items() if name != "kwargs"}
+    arguments["position_embeddings"] = without_rotation(call.angles)
+    with eval_mode(call.module), torch.no_grad():
+        call.module(**arguments, **{**options, VIEW: plain})
+    keys: Tensor = plain.calls[call.hook.index].key
+    try:
+        call.hook.rotation = find_rotation(apply, source, call.angles, call.key, keys)
+    except ValueError as error:
+        msg = f"{where} {error}. Use another model."
+        raise ValueError(msg) from error
+
+
+def _looks_up(module: nn.Module) -> bool:
+    """Say whether a layer looks its attention function up.
+
+    Returns:
+        Whether ours would be found.
+    """
+    code = inspect.unwrap(type(module).forward).__code__
+    return "ALL_ATTENTION_FUNCTIONS" in code.co_names

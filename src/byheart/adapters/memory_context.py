@@ -1,0 +1,97 @@
+"""What the tokens after a state read, whatever they are: made once for all steps of a text."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from byheart.adapters.attach_config import AttachConfig
+from byheart.adapters.attention_layers import AttentionLayers
+from byheart.adapters.memory_view import MemoryView, Past
+from byheart.adapters.rotation import Angles, RotarySource
+from byheart.memory.state import MemoryState
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MemoryContext:
+    """A state, prepared to be read by passes."""
+
+    state: MemoryState
+    """What the rows have read; rows that start a document are reset already."""
+    past: Past | None
+    """What they see besides the tokens of a pass."""
+    search_angles: dict[RotarySource, Angles] | None
+    """Angles of the place from which the memory is searched, if it is always the same."""
+    keeps_place: bool
+    """Whether the memory is searched from the place of the query."""
+    first_place: Int[Tensor, "batch 1"]
+    """Place of the next token of each row in its segment."""
+    first_position: Int[Tensor, "batch 1"] | None
+    """Position of the next token of each row; `None` where the model counts from 0 itself."""
+
+    @classmethod
+    def of(
+        cls, state: MemoryState, layers: AttentionLayers, config: AttachConfig, copies: int = 1
+    ) -> "MemoryContext":
+        """Prepare a state.
+
+        Args:
+            state: What the rows have read; rows that start a document are reset already.
+            layers: The attention layers of the model.
+            config: The memory.
+            copies: Rows of a pass for each row of the state, side by side (beams).
+
+        Returns:
+            The context.
+        """
+        sources = layers.sources
+        past = Past.of(state, sources, copies)
+        search_angles = None
+        if config.memory_position == "window":
+            place = torch.full((1, 1), config.segment_length, device=state.position.device)
+            search_angles = {source: source.angles(place) for source in sources}
+        place, position = (
+            counter.repeat_interleave(copies)[:, None]
+            for counter in (state.num_pending, state.position)
+        )
+        # where positions are part of the keys of an XL cache, they go on through the document
+        goes_on = not layers.has_rotation and config.xl_cache_length > 0
+        return cls(
+            state=state,
+            past=past,
+            search_angles=search_angles,
+            keeps_place=config.memory_position == "local",
+            first_place=place,
+            first_position=position if goes_on else None if past is None else place,
+        )
+
+    def view(
+        self,
+        columns: Int[Tensor, "batch token"],
+        *,
+        first_column: Int[Tensor, " batch"] | None = None,
+        stages: bool = True,
+    ) -> tuple[MemoryView, Int[Tensor, "batch token"] | None]:
+        """Make the view of a pass.
+
+        Args:
+            columns: Number of each token, counted from the first after the state.
+            first_column: First real token of each row, where rows are padded on the left.
+            stages: Whether keys and values of the tokens are kept, to be committed.
+
+        Returns:
+            The view, and the positions of the tokens; `None` for those that the model gives.
+        """
+        view = MemoryView(
+            state=self.state,
+            past=self.past,
+            places=self.first_place + columns,
+            first_column=first_column,
+            search_angles=self.search_angles,
+            keeps_place=self.keeps_place,
+            stages=stages,
+        )
+        if self.first_position is None:
+            return view, None
+        return view, self.first_position + columns

@@ -1,0 +1,328 @@
+"""A pretrained decoder with a kNN memory and an XL cache: `MemoryModel`."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput, PushToHubMixin
+
+from byheart.adapters.attach_checks import (
+    require_fits,
+    require_positions,
+    require_possible,
+    require_same_in_pieces,
+)
+from byheart.adapters.attach_config import AttachConfig
+from byheart.adapters.attached_memory import AttachedMemory
+from byheart.adapters.attention_hook import VIEW
+from byheart.adapters.attention_layers import AttentionLayers, prepare_attentions
+from byheart.adapters.memory_context import MemoryContext
+from byheart.adapters.memory_view import MEMORY
+from byheart.adapters.row_tokens import RowTokens
+from byheart.adapters.tied import keep_tied_weights_once
+from byheart.memory.layout import MemoryLayout
+from byheart.memory.state import MemoryState, NewEntries
+from byheart.models.decoder import require_inside_segment
+from byheart.models.segment_model import StateKeeper
+from byheart.ops.losses import IGNORED
+
+
+@dataclass
+class MemoryOutput(ModelOutput):  # type: ignore[misc]
+    """What a forward pass returns."""
+
+    loss: Float[Tensor, ""] | None = None
+    """Mean negative log likelihood of the labelled tokens, in nats."""
+    logits: Float[Tensor, "batch tokens vocab"] | None = None
+    """Scores of the next token."""
+    token_losses: Float[Tensor, "batch tokens"] | None = None
+    """Negative log likelihood of each target, in nats; 0 where it is -100."""
+    new_entries: NewEntries | None = None
+    """What to give to `state.commit` after backward."""
+
+
+class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
+    """A pretrained decoder that remembers.
+
+    Forward reads memory and never writes it:
+
+        state = memory_model.new_state(batch_size=4)
+        out = memory_model(input_ids, state=state, document_start=first, targets=targets)
+        out.loss.backward()
+        state = state.commit(out.new_entries)
+
+    Source:
+        Wu et al. 2022, Memorizing Transformers, "Fine-tuning a non-memory model"
+        (arXiv:2203.08913); Dai et al. 2019, Transformer-XL.
+    """
+
+    accepts_loss_kwargs = True
+    """For transformers' `Trainer`: give `num_items_in_batch` to `forward`."""
+
+    def __init__(self, model: PreTrainedModel, config: AttachConfig) -> None:
+        """Put memory on a model.
+
+        Args:
+            model: A causal language model with its weights. Its attention layers are changed until
+                `detach`.
+            config: The memory.
+
+        Raises:
+            ValueError: If the model cannot use this memory. It is not changed then.
+        """
+        super().__init__()
+        require_possible(model, config)
+        self.layers: AttentionLayers = prepare_attentions(model)
+        try:
+            require_fits(model, config, self.layers)
+        except ValueError:
+            self.layers.uninstall()
+            raise
+        self.model: Any = model
+        self.memory_config = config
+        self._layout = MemoryLayout(
+            num_layers=len(self.layers.modules),
+            num_kv_heads=self.layers.num_kv_heads,
+            head_dim=self.layers.head_dim,
+            segment_length=config.segment_length,
+            xl_cache_length=config.xl_cache_length,
+            knn_memory=config.knn,
+            unit_keys=config.normalize_qk,
+        )
+        weight = model.get_input_embeddings().weight
+        for layer in config.knn.layers if config.knn is not None else ():
+            module, scaling = self.layers.modules[layer], self.layers.scaling[layer]
+            shape = (self.layers.num_heads, self.layers.head_dim)
+            like = next(module.parameters(), weight)
+            setattr(module, MEMORY, AttachedMemory(config, *shape, scaling, like))
+        keep_tied_weights_once(self)
+        try:
+            require_same_in_pieces(model, self)
+        except ValueError:
+            self.detach()
+            raise
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.model.config
+
+    @property
+    def memory_layout(self) -> MemoryLayout:
+        """The shape of its memory."""
+        return self._layout
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Precision of the XL caches: the model's."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it can predict."""
+        size: int = self.model.get_output_embeddings().weight.shape[0]
+        return size
+
+    def memories(self) -> dict[int, nn.Module]:
+        """Return what the memory layers have learned, by layer."""
+        found = ((i, getattr(m, MEMORY, None)) for i, m in enumerate(self.layers.modules))
+        return {index: memory for index, memory in found if memory is not None}
+
+    def memory_parameters(self) -> list[nn.Parameter]:
+        """Return the added weights, for an optimizer that trains them alone or faster."""
+        return [weight for memory in self.memories().values() for weight in memory.parameters()]
+
+    def generate(self, input_ids: Int[Tensor, "batch tokens"], **options: Any) -> Any:
+        """Continue prompts as transformers' `generate` does, with the memory in sight.
+
+        Args:
+            input_ids: Prompts of any length, or what follows that which `state` has read.
+            options: `attention_mask`, `state`, and what transformers' `generate` takes, such as
+                `max_new_tokens`, `do_sample`, `num_beams`, `num_return_sequences`.
+
+        Returns:
+            What transformers' `generate` returns: the prompts with their continuations.
+        """
+        from byheart.adapters.memory_generate import generate_with_memory
+
+        return generate_with_memory(self, input_ids, **options)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, with_model: bool = False, **_: Any
+    ) -> None:
+        """Write the added weights and the config; see `byheart.adapters.memory_saving`.
+
+        Args:
+            save_directory: Where to. It is replaced only when the new one is complete.
+            with_model: Write the model, too, for models whose own weights were trained.
+        """
+        from byheart.adapters.memory_saving import save_attached
+
+        save_attached(self, save_directory, with_model=with_model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel | None,
+        source: str | os.PathLike[str],
+        *,
+        check_model: bool = True,
+    ) -> "MemoryModel":
+        """Put saved memory on a model; see `byheart.adapters.memory_saving`.
+
+        Args:
+            model: The model it was saved from; `None` for the one saved along.
+            source: A directory, or a repository of the Hugging Face hub.
+            check_model: Refuse a model with other weights.
+
+        Returns:
+            The model with memory, in evaluation mode.
+        """
+        from byheart.adapters.memory_saving import load_attached
+
+        return load_attached(model, source, check_model=check_model)
+
+    def detach(self) -> PreTrainedModel:
+        """Take the memory off again.
+
+        Returns:
+            The model as it was, with the weights that it has now.
+        """
+        for module in self.layers.modules:
+            if hasattr(module, MEMORY):
+                delattr(module, MEMORY)
+        self.layers.uninstall()
+        model: PreTrainedModel = self.model
+        return model
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch tokens"],
+        *,
+        attention_mask: Shaped[Tensor, "batch tokens"] | None = None,
+        num_tokens: Int[Tensor, " batch"] | None = None,
+        state: MemoryState | None = None,
+        document_start: Bool[Tensor, " batch"] | None = None,
+        labels: Int[Tensor, "batch tokens"] | None = None,
+        targets: Int[Tensor, "batch tokens"] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> MemoryOutput:
+        """Read the next tokens of each row's document.
+
+        All tokens of a row must lie in one segment; `byheart.read_tokens` cuts longer inputs.
+
+        Args:
+            input_ids: The next tokens of each row.
+            attention_mask: Real tokens, one run in each row; `None` for all.
+            num_tokens: Real tokens of each row, the first so many columns, instead of a mask.
+            state: What the rows have read; `None` for nothing.
+            document_start: Rows that begin a new document: they forget the one before.
+            labels: As Hugging Face models take them: the tokens themselves, -100 where nothing is
+                predicted.
+            targets: The token after each input instead, -100 where nothing is predicted.
+            num_items_in_batch: What the sum of the losses is divided by; `None` for the number of
+                targets.
+
+        Returns:
+            Loss, logits, and the entries to commit.
+
+        Raises:
+            MemoryStateError: If the state is used up or was made for another model.
+            ValueError: If a row crosses the end of its segment or the model's last position, or
+                the arguments do not fit together.
+        """
+        rows = RowTokens.of(input_ids, attention_mask, num_tokens)
+        if state is None:
+            state = self.new_state(rows.batch, device=input_ids.device)
+        if document_start is None:
+            document_start = torch.zeros(rows.batch, dtype=torch.bool, device=input_ids.device)
+        self.require_rows(state, rows)
+        before = state.start_documents(document_start)
+        require_inside_segment(before, rows.num_tokens)
+        context = MemoryContext.of(before, self.layers, self.memory_config)
+        view, position_ids = context.view(rows.columns, first_column=rows.first_column)
+        if position_ids is not None and not self.layers.has_rotation:
+            require_positions(self.model, position_ids, rows.num_tokens)
+        logits = self.model(
+            input_ids=input_ids,
+            attention_mask=rows.mask,
+            use_cache=False,
+            **({} if position_ids is None else {"position_ids": position_ids}),
+            **{VIEW: view},
+        ).logits
+        if labels is not None:
+            targets = _targets(labels, targets)
+        losses = loss = None
+        if targets is not None:
+            losses = nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), targets.flatten(),
+                reduction="none", ignore_index=IGNORED,
+            ).view_as(targets)  # fmt: skip
+            count = num_items_in_batch
+            if count is None:
+                count = (targets != IGNORED).sum().clamp(min=1)
+            loss = losses.sum() / count
+        return MemoryOutput(
+            loss=loss,
+            logits=logits,
+            token_losses=losses,
+            new_entries=NewEntries(
+                layers=tuple(view.staged[index] for index in range(self.memory_layout.num_layers)),
+                num_tokens=rows.num_tokens,
+                document_start=document_start,
+                position=before.position,
+            ),
+        )
+
+    def require_rows(self, state: MemoryState, rows: RowTokens) -> None:
+        """Refuse a state that some tokens cannot continue.
+
+        Args:
+            state: What the rows have read.
+            rows: The tokens.
+
+        Raises:
+            MemoryStateError: If it is used up or was made for another model.
+            ValueError: If batch size or device differ.
+        """
+        state.require_current()
+        self.memory_layout.require_same(state.layout, "The memory state")
+        if state.batch_size != rows.batch:
+            msg = (
+                f"The memory state must have the batch's {rows.batch} rows, got "
+                f"{state.batch_size}. Make one with new_state(batch_size) or pick rows with "
+                "state.select_rows."
+            )
+            raise ValueError(msg)
+        if state.position.device != rows.num_tokens.device:
+            msg = (
+                f"The memory state must be on the device of input_ids, "
+                f"{rows.num_tokens.device}, got {state.position.device}. Move it with state.to."
+            )
+            raise ValueError(msg)
+
+
+def _targets(labels: Tensor, targets: Tensor | None) -> Tensor:
+    """Turn the token at each place into the token after it.
+
+    Returns:
+        Targets; -100 in the last column.
+
+    Raises:
+        ValueError: If there are targets already.
+    """
+    if targets is not None:
+        msg = "labels and targets must not both be given: targets are labels moved by one."
+        raise ValueError(msg)
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)

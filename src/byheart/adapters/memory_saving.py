@@ -1,0 +1,156 @@
+"""Save what was added to a pretrained model, and put it back."""
+
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from byheart.adapters.attach_config import AttachConfig
+from byheart.adapters.loading import load_transformer
+from byheart.adapters.memory_model import MemoryModel
+from byheart.adapters.memory_view import MEMORY
+from byheart.config import load_config, save_config
+from byheart.errors import CheckpointError
+from byheart.memory.files import complete_directory, read_manifest, recover, require_format
+from byheart.models.fingerprint import model_fingerprint
+
+FORMAT = "byheart-memory-model"
+FORMAT_VERSION = 1
+_CONFIG = "memory_config.json"
+_WEIGHTS = "memory_model.safetensors"
+_MODEL = "model"
+
+
+def save_attached(
+    memory_model: MemoryModel, directory: str | os.PathLike[str], *, with_model: bool = False
+) -> None:
+    """Write the added weights (safetensors) and the config (JSON) to a directory.
+
+    The directory is replaced only when the new one is complete; a crash loses nothing.
+
+    Args:
+        memory_model: What to save.
+        directory: Where to.
+        with_model: Write the model inside, too, without what was added, as Hugging Face's
+            checkpoints; for models whose own weights were trained.
+    """
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model_type": memory_model.config.model_type,
+        "model_fingerprint": base_fingerprint(memory_model),
+    }
+    with complete_directory(Path(directory), content) as partial:
+        save_config(memory_model.memory_config, partial / _CONFIG)
+        save_file(_added_weights(memory_model), partial / _WEIGHTS)
+        if with_model:
+            model = memory_model.model
+            weights = {
+                name: tensor
+                for name, tensor in model.state_dict().items()
+                if MEMORY not in name.split(".")
+            }
+            model.save_pretrained(partial / _MODEL, state_dict=weights)
+
+
+def load_attached(
+    model: PreTrainedModel | None, source: str | os.PathLike[str], *, check_model: bool = True
+) -> MemoryModel:
+    """Put saved memory on a model.
+
+    Args:
+        model: The model it was saved from; `None` for the one saved along.
+        source: Where `save_attached` has written, or a repository of the Hugging Face hub.
+        check_model: Refuse a model whose weights are not those that the memory was saved with.
+
+    Returns:
+        The model with memory, in evaluation mode.
+
+    Raises:
+        CheckpointError: If the source is incomplete, damaged or of another format, holds no model
+            where one is wanted, or belongs to another model. The model is not changed then.
+    """
+    directory = _local(source)
+    manifest = read_manifest(directory)
+    require_format(manifest, directory, FORMAT, FORMAT_VERSION)
+    if model is None:
+        if not (directory / _MODEL).is_dir():
+            msg = (
+                f"{directory} holds the memory alone, not the {manifest['model_type']} model it "
+                "was put on. Pass that model."
+            )
+            raise CheckpointError(msg)
+        model = load_transformer(directory / _MODEL)
+    if model.config.model_type != manifest["model_type"]:
+        msg = (
+            f"{directory} belongs to a model of type {manifest['model_type']}, got "
+            f"{model.config.model_type}. Pass the model it was saved from."
+        )
+        raise CheckpointError(msg)
+    if check_model and model_fingerprint(model) != manifest["model_fingerprint"]:
+        msg = (
+            f"{directory} belongs to a {manifest['model_type']} model with other weights. Pass "
+            "the model it was saved from, or check_model=False if it was changed on purpose."
+        )
+        raise CheckpointError(msg)
+    memory_model = MemoryModel(model, load_config(AttachConfig, directory / _CONFIG))
+    try:
+        _put_back(memory_model, load_file(directory / _WEIGHTS))
+    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+        memory_model.detach()
+        msg = f"{directory / _WEIGHTS} does not fit its config: {error}"
+        raise CheckpointError(msg) from error
+    return memory_model.eval()
+
+
+def base_fingerprint(memory_model: MemoryModel) -> str:
+    """Hash the weights of the model below, without what was added.
+
+    Args:
+        memory_model: The model with memory.
+
+    Returns:
+        SHA-256, hexadecimal.
+    """
+    return model_fingerprint(memory_model.model, leave_out=lambda name: MEMORY in name.split("."))
+
+
+def _added_weights(memory_model: MemoryModel) -> dict[str, Tensor]:
+    return {
+        f"{layer}.{name}": tensor.detach().cpu().contiguous()
+        for layer, memory in memory_model.memories().items()
+        for name, tensor in memory.state_dict().items()
+    }
+
+
+def _put_back(memory_model: MemoryModel, weights: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for layer, memory in memory_model.memories().items():
+            prefix = f"{layer}."
+            own = [name for name in weights if name.startswith(prefix)]
+            memory.load_state_dict({name.removeprefix(prefix): weights.pop(name) for name in own})
+    if weights:
+        msg = f"it holds {sorted(weights)}, which the config has no place for"
+        raise KeyError(msg)
+
+
+def _local(source: str | os.PathLike[str]) -> Path:
+    """Return the directory of a source, fetched from the hub if it is none here.
+
+    Raises:
+        CheckpointError: If it is nowhere.
+    """
+    directory = Path(source)
+    recover(directory)
+    if directory.is_dir():
+        return directory
+    try:
+        return Path(snapshot_download(str(source)))
+    except (OSError, ValueError) as error:
+        msg = f"There is neither a directory nor a repository {source}: {error}"
+        raise CheckpointError(msg) from error

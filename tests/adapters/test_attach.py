@@ -1,0 +1,189 @@
+"""Memory on pretrained decoders: the model is what it was until a gate opens."""
+
+import copy
+
+import pytest
+import torch
+
+from byheart import KnnMemoryConfig, read_tokens
+from byheart.adapters.attach import attach
+
+SEGMENT, MEMORY_SIZE, ROWS = 7, 17, 3
+
+
+def knn(layers=(1,), **changes):
+    return KnnMemoryConfig(**{"layers": layers, "memory_size": MEMORY_SIZE, "top_k": 5, **changes})
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_closed_gates_leave_the_model_as_it_was(attachable, implementation, padding, draw):
+    if attachable.name in ("gemma2", "gpt_oss") and implementation == "sdpa":
+        implementation = "eager"  # it has no other
+    model = attachable.build(attn_implementation=implementation)
+    before = copy.deepcopy(model)
+    memory_model = attach(model, knn=knn(), segment_length=SEGMENT)
+    state = memory_model.new_state(ROWS)
+    lengths = torch.tensor([SEGMENT, 4, 6])
+    columns = torch.arange(SEGMENT)
+    mask = None
+    if padding == "left":
+        mask = (columns >= SEGMENT - lengths[:, None]).long()
+    elif padding == "right":
+        mask = (columns < lengths[:, None]).long()
+    for step in range(4):
+        ids = draw(ROWS, SEGMENT, seed=step)
+        start = torch.zeros(ROWS, dtype=torch.bool)
+        if padding != "none":
+            # a row that is padded ends there
+            start = torch.tensor([False, True, True])
+        with torch.no_grad():
+            out = memory_model(ids, attention_mask=mask, state=state, document_start=start)
+            expected = before(ids, attention_mask=mask).logits
+        assert torch.equal(out.logits, expected)
+        state = state.commit(out.new_entries)
+    assert state.stores[1].num_written.tolist()[0] == 4 * SEGMENT
+    for memory in memory_model.memories().values():
+        torch.nn.init.constant_(memory.gate_bias, 0.5)
+    out = memory_model(ids, attention_mask=mask, state=state, document_start=start)
+    assert not torch.allclose(out.logits[0], expected[0])
+
+
+def test_detach_leaves_no_trace(attachable, draw):
+    model = attachable.build()
+    before = copy.deepcopy(model)
+    memory_model = attach(model, knn=knn(), segment_length=SEGMENT, xl_cache_length=SEGMENT)
+    memory_model(draw(1, SEGMENT))
+    detached = memory_model.detach()
+    assert detached is model
+    ids = draw(2, 9)
+    assert torch.equal(model(ids).logits, before(ids).logits)
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert model.config.to_dict() == before.config.to_dict()
+    for mine, theirs in zip(model.modules(), before.modules(), strict=True):
+        assert type(mine) is type(theirs)
+        assert not mine._forward_pre_hooks
+        assert vars(mine).keys() == vars(theirs).keys()
+
+
+def opened(model, *, memory=True, **options):
+    """Attach a memory whose gates are open and different."""
+    knn_memory = knn(**options.pop("knn", {})) if memory else None
+    memory_model = attach(model, knn=knn_memory, **{"segment_length": SEGMENT, **options})
+    torch.manual_seed(3)
+    for weight in memory_model.memory_parameters():
+        with torch.no_grad():
+            weight.add_(0.5 * torch.randn_like(weight))
+    return memory_model.eval()
+
+
+@pytest.mark.parametrize("cache", [0, SEGMENT, 4])
+def test_it_does_not_matter_how_a_document_is_cut(attachable, cache, draw):
+    memory_model = opened(attachable.build(), xl_cache_length=cache)
+    ids = draw(2, 41)
+    whole = read_tokens(memory_model, ids, memory_model.new_state(2), return_logits=True)
+    state, logits = memory_model.new_state(2), []
+    for piece in ids.split([1, 3, 11, 2, 24], dim=1):
+        read = read_tokens(memory_model, piece, state, return_logits=True)
+        state = read.state
+        logits.append(read.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), whole.logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cache", [0, SEGMENT])
+def test_a_row_is_what_it_is_alone(attachable, cache, draw):
+    memory_model = opened(attachable.build(), xl_cache_length=cache)
+    ids, lengths = draw(3, 37), torch.tensor([37, 5, 23])
+    together = read_tokens(
+        memory_model, ids, memory_model.new_state(3), num_tokens=lengths, return_logits=True
+    )
+    for row, length in enumerate(lengths.tolist()):
+        one = ids[row : row + 1, :length]
+        alone = read_tokens(memory_model, one, memory_model.new_state(1), return_logits=True)
+        mine = together.logits[row : row + 1, :length]
+        torch.testing.assert_close(mine, alone.logits, atol=2e-5, rtol=1e-5)
+
+
+def test_an_xl_cache_is_full_attention_over_both_segments(attachable, draw):
+    model = attachable.build()
+    ids = draw(2, 2 * SEGMENT)
+    expected = model(ids).logits
+    memory_model = opened(model, memory=False, xl_cache_length=SEGMENT)
+    read = read_tokens(memory_model, ids, memory_model.new_state(2), return_logits=True)
+    torch.testing.assert_close(read.logits, expected, atol=2e-5, rtol=1e-5)
+    third = read_tokens(memory_model, ids[:, :1], read.state, return_logits=True)
+    assert torch.isfinite(third.logits).all()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [1, 3, 9, 64])
+def test_a_sliding_window_reaches_into_the_xl_cache(implementation, window, tiny_model, draw):
+    model = tiny_model("mistral", sliding_window=window, attn_implementation=implementation)
+    ids = draw(2, 2 * SEGMENT)
+    expected = model(ids).logits
+    memory_model = opened(model, memory=False, xl_cache_length=SEGMENT)
+    for cuts in ([14], [3, 8, 3]):
+        state, logits = memory_model.new_state(2), []
+        for piece in ids.split(cuts, dim=1):
+            read = read_tokens(memory_model, piece, state, return_logits=True)
+            state = read.state
+            logits.append(read.logits)
+        torch.testing.assert_close(torch.cat(logits, 1), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_joint_softmax_over_all_of_the_past_is_full_attention(implementation, tiny_model, draw):
+    # positions are added to the embeddings, so keys in memory stand where they stood; the XL
+    # cache makes them go on, and with write="evicted" what leaves it enters the memory
+    model = tiny_model("gpt2", attn_implementation=implementation)
+    ids = draw(2, 4 * SEGMENT)
+    expected = model(ids).logits
+    everything = KnnMemoryConfig(
+        layers=(0, 1), memory_size=64, top_k=64, combine="joint", write="evicted"
+    )
+    memory_model = attach(
+        model, knn=everything, segment_length=SEGMENT, xl_cache_length=SEGMENT, gate_init=0.0
+    )
+    read = read_tokens(memory_model, ids, memory_model.new_state(2), return_logits=True)
+    torch.testing.assert_close(read.logits, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_bit(name, reentrant, tiny_model, draw):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(name)
+        memory_model = opened(model, xl_cache_length=SEGMENT).train()
+        if checkpointing:
+            # the first name is new in transformers 5.18 or later, the second goes with 6
+            names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+            enable = next(getattr(model, name) for name in names if hasattr(model, name))
+            enable({"use_reentrant": reentrant})
+        state = memory_model.new_state(2)
+        for step in range(3):
+            ids = draw(2, SEGMENT, seed=step)
+            out = memory_model(ids, labels=ids, state=state)
+            out.loss.backward()
+            state = state.commit(out.new_entries)
+        gradients.append([weight.grad for weight in memory_model.parameters()])
+        assert state.stores[1].num_written.tolist() == [3 * SEGMENT] * 2
+    assert all(map(torch.equal, *gradients))
+    assert all(weight.grad.abs().sum() > 0 for weight in memory_model.memory_parameters())
+
+
+@pytest.mark.parametrize("gate", ["tanh", "linear"])
+@pytest.mark.parametrize("combine", ["gate", "content_gate"])
+def test_closed_gates_have_a_gradient(gate, combine, tiny_model, draw):
+    memory_model = attach(
+        tiny_model("llama"), knn=knn(combine=combine), segment_length=SEGMENT, gate=gate
+    )
+    state = memory_model.new_state(2)
+    out = memory_model(draw(2, SEGMENT), state=state)
+    state = state.commit(out.new_entries)
+    ids = draw(2, SEGMENT, seed=2)
+    memory_model(ids, labels=ids, state=state).loss.backward()
+    memory = memory_model.memories()[1]
+    assert (memory.gate_bias.grad != 0).all()
+    if combine == "content_gate":
+        assert (memory.gate_weight.grad != 0).all()

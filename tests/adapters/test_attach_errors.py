@@ -1,0 +1,158 @@
+"""What cannot have a memory, or not this one, is refused before anything is changed."""
+
+import pytest
+import torch
+import transformers
+
+from byheart import KnnMemoryConfig, read_tokens
+from byheart.adapters.attach import attach
+from byheart.errors import MemoryStateError
+
+SEGMENT = 7
+
+
+def knn(layers=(1,), **changes):
+    return KnnMemoryConfig(**{"layers": layers, "memory_size": 17, "top_k": 5, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("llama", {"knn": None}, "knn or xl_cache_length"),
+        ("llama", {"knn": knn((2,))}, r"knn.layers must be between 0 and 1.*got 2"),
+        ("llama", {"knn": knn((-1,))}, r"got -1"),
+        ("llama", {"knn": knn(), "layers": ("model.layers.0",)}, r"such as 'model.layers.1.self_"),
+        ("llama", {"knn": knn(), "segment_length": 60, "xl_cache_length": 5}, "64 positions"),
+        ("llama", {"knn": knn(), "segment_length": 0}, "segment_length must be at least 1"),
+        ("llama", {"knn": knn(), "xl_cache_length": -1}, "xl_cache_length must be 0"),
+        ("llama", {"knn": knn(), "scale_init": 0.0}, "scale_init must be above 0"),
+        ("gpt2", {"knn": knn(), "memory_position": "local"}, "rotary positions, which gpt2"),
+        ("gemma2", {"knn": knn(combine="joint")}, "gemma2 caps them or adds sinks"),
+        ("bloom", {"knn": knn()}, "BloomAttention of bloom does not do so"),
+        ("falcon", {"knn": knn()}, "FalconAttention of falcon does not do so"),
+        ("bert", {"knn": knn()}, "must be a causal language model, got BertFor"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name, options, message, tiny_model):
+    model = tiny_model(name)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        attach(model, **{"segment_length": SEGMENT, **options})
+    assert list(model.state_dict()) == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_latent_attention_is_refused():
+    config = transformers.DeepseekV3Config(
+        vocab_size=43, hidden_size=16, intermediate_size=24, moe_intermediate_size=8,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, q_lora_rank=8, kv_lora_rank=8,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=6, first_k_dense_replace=2,
+    )  # fmt: skip
+    model = transformers.DeepseekV3ForCausalLM(config)
+    with pytest.raises(ValueError, match="must have one shape in all layers"):
+        attach(model, knn=knn(), segment_length=SEGMENT)
+
+
+def test_a_layer_that_attends_twice_is_refused():
+    config = transformers.DiffLlamaConfig(
+        vocab_size=43, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.DiffLlamaForCausalLM(config)
+    with pytest.raises(ValueError, match="must attend once"):
+        attach(model, knn=knn(), segment_length=SEGMENT)
+
+
+def test_keys_that_are_normalised_after_the_rotation_are_refused():
+    config = transformers.HunYuanDenseV1Config(
+        vocab_size=43, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    model = transformers.HunYuanDenseV1ForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.key_layernorm.weight.uniform_(0.5, 2)
+    with pytest.raises(ValueError, match="rotates its keys in a way that cannot be undone"):
+        attach(model, knn=knn(), segment_length=SEGMENT)
+
+
+def test_a_model_that_computes_otherwise_in_pieces_is_refused(tiny_model):
+    model = tiny_model("llama")
+    head = model.lm_head.forward
+    # what a token is told depends on how many came with it
+    model.lm_head.forward = lambda hidden: head(hidden) * hidden.shape[1]
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match="must compute the same when a text is cut into pieces"):
+        attach(model, knn=knn(), segment_length=SEGMENT)
+    assert list(model.state_dict()) == before
+
+
+def test_layers_without_attention_are_refused():
+    config = transformers.JambaConfig(
+        vocab_size=43, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
+        expert_layer_period=2, expert_layer_offset=1, num_experts=2, use_mamba_kernels=False,
+        mamba_d_state=4, mamba_dt_rank=2,
+    )  # fmt: skip
+    model = transformers.JambaForCausalLM(config)
+    with pytest.raises(ValueError, match="Every layer must have one attention"):
+        attach(model, knn=knn(), segment_length=SEGMENT)
+
+
+def test_a_second_memory_is_refused(tiny_model):
+    model = tiny_model("llama")
+    attach(model, knn=knn(), segment_length=SEGMENT)
+    with pytest.raises(ValueError, match="has a memory already"):
+        attach(model, knn=knn(), segment_length=SEGMENT)
+
+
+def test_a_model_without_weights_is_refused(tiny_model):
+    model = tiny_model("llama").to("meta")
+    with pytest.raises(ValueError, match="meta device"):
+        attach(model, knn=knn(), segment_length=SEGMENT)
+
+
+def test_a_state_of_another_model_is_refused(tiny_model, draw):
+    mine = attach(tiny_model("llama"), knn=knn(), segment_length=SEGMENT)
+    other = attach(tiny_model("llama"), knn=knn((0,)), segment_length=SEGMENT)
+    with pytest.raises(MemoryStateError, match=r"made for another model.*knn_memory.layers"):
+        mine(draw(1, 3), state=other.new_state(1))
+    with pytest.raises(ValueError, match="must have the batch's 2 rows, got 1"):
+        mine(draw(2, 3), state=mine.new_state(1))
+    with pytest.raises(ValueError, match=r"on the device of input_ids, cpu, got meta"):
+        mine(draw(1, 3), state=mine.new_state(1, device=torch.device("meta")))
+    with pytest.raises(ValueError, match="must have the batch's 2 rows, got 1"):
+        mine.generate(draw(2, 3), state=mine.new_state(1), num_beams=2, max_new_tokens=2)
+
+
+def test_documents_beyond_the_last_position_are_refused(tiny_model, draw):
+    memory_model = attach(
+        tiny_model("gpt2"), knn=knn(), segment_length=SEGMENT, xl_cache_length=SEGMENT
+    )
+    with pytest.raises(ValueError, match=r"must fit into the 64 positions of gpt2.*got 70 tokens"):
+        read_tokens(memory_model, draw(1, 77), memory_model.new_state(1))
+    without = attach(tiny_model("gpt2"), knn=knn(), segment_length=SEGMENT)
+    assert read_tokens(without, draw(1, 77), without.new_state(1)).state.position.item() == 77
+
+
+def test_arguments_that_do_not_go_together_are_refused(tiny_model, draw):
+    memory_model = attach(tiny_model("llama"), knn=knn(), segment_length=SEGMENT)
+    ids = draw(2, 5)
+    mask = torch.tensor([[1, 1, 0, 1, 1], [1] * 5])
+    with pytest.raises(ValueError, match="attention_mask has a gap in row 0"):
+        memory_model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="must not both be given"):
+        memory_model(ids, attention_mask=mask, num_tokens=torch.tensor([5, 5]))
+    with pytest.raises(ValueError, match="labels and targets must not both"):
+        memory_model(ids, labels=ids, targets=ids)
+    with pytest.raises(ValueError, match=r"row 0 has room for 7, got 9"):
+        memory_model(draw(1, 9))
+    with pytest.raises(ValueError, match="at least one prompt token"):
+        memory_model.generate(ids, attention_mask=torch.tensor([[0] * 5, [1] * 5]))
+
+
+def test_an_xl_cache_needs_an_attention_with_a_plain_mask(tiny_model):
+    model = tiny_model("llama", attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match="needs the attention 'sdpa' or 'eager', got 'flex_att"):
+        attach(model, segment_length=SEGMENT, xl_cache_length=SEGMENT)

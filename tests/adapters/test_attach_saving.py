@@ -1,0 +1,97 @@
+"""What was added is saved alone, or with the model, and comes back exactly."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from byheart import KnnMemoryConfig, read_tokens
+from byheart.adapters.attach import attach
+from byheart.adapters.memory_model import MemoryModel
+from byheart.errors import CheckpointError, MemoryStateError
+
+SEGMENT = 7
+
+
+def opened(model, **options):
+    knn = KnnMemoryConfig(layers=(1,), memory_size=17, top_k=5)
+    memory_model = attach(model, knn=knn, segment_length=SEGMENT, **options)
+    with torch.no_grad():
+        for weight in memory_model.memory_parameters():
+            weight.add_(0.5)
+    return memory_model.eval()
+
+
+def logits_after(memory_model, ids):
+    state = memory_model.new_state(1)
+    return read_tokens(memory_model, ids, state, return_logits=True).logits
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_saved_and_loaded_it_is_the_same(name, with_model, tiny_model, draw, tmp_path):
+    memory_model = opened(tiny_model(name), xl_cache_length=SEGMENT, normalize_qk=name == "llama")
+    expected = logits_after(memory_model, draw(1, 30))
+    memory_model.save_pretrained(tmp_path / "saved", with_model=with_model)
+    weights = load_file(tmp_path / "saved" / "memory_model.safetensors")
+    assert set(weights) == {"1.log_scale", "1.gate_bias"}
+    loaded = MemoryModel.from_pretrained(
+        None if with_model else tiny_model(name), tmp_path / "saved"
+    )
+    assert loaded.memory_config == memory_model.memory_config
+    assert torch.equal(logits_after(loaded, draw(1, 30)), expected)
+    if with_model:
+        assert not any("byheart" in name for name in loaded.detach().state_dict())
+
+
+def test_a_state_goes_on_in_the_middle_of_a_document(tiny_model, draw, tmp_path):
+    memory_model = opened(tiny_model("llama"), xl_cache_length=SEGMENT, normalize_qk=True)
+    ids = draw(2, 30)
+    whole = read_tokens(memory_model, ids, memory_model.new_state(2), return_logits=True)
+    state = read_tokens(memory_model, ids[:, :17], memory_model.new_state(2)).state
+    memory_model.save_state(state, tmp_path / "state")
+    loaded = memory_model.load_state(tmp_path / "state")
+    rest = read_tokens(memory_model, ids[:, 17:], loaded, return_logits=True)
+    torch.testing.assert_close(rest.logits, whole.logits[:, 17:], atol=2e-5, rtol=1e-5)
+    with torch.no_grad():
+        memory_model.memory_parameters()[0].add_(1)
+    with pytest.raises(MemoryStateError, match="was made by a model with fingerprint"):
+        memory_model.load_state(tmp_path / "state")
+
+
+def test_another_model_is_refused(tiny_model, tmp_path):
+    opened(tiny_model("llama")).save_pretrained(tmp_path / "saved")
+    other = tiny_model("llama")
+    with torch.no_grad():
+        other.lm_head.weight.add_(1)
+    with pytest.raises(CheckpointError, match="a llama model with other weights"):
+        MemoryModel.from_pretrained(other, tmp_path / "saved")
+    assert MemoryModel.from_pretrained(other, tmp_path / "saved", check_model=False).detach()
+    with pytest.raises(CheckpointError, match="belongs to a model of type llama, got gpt2"):
+        MemoryModel.from_pretrained(tiny_model("gpt2"), tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="holds the memory alone"):
+        MemoryModel.from_pretrained(None, tmp_path / "saved")
+
+
+def test_damaged_weights_are_refused_and_the_model_is_left_alone(tiny_model, tmp_path):
+    opened(tiny_model("llama")).save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "memory_model.safetensors"
+    before = path.read_bytes()
+    path.write_bytes(before[:-1])
+    with pytest.raises(CheckpointError, match=r"memory_model\.safetensors"):
+        MemoryModel.from_pretrained(tiny_model("llama"), tmp_path / "saved")
+
+
+def test_weights_that_do_not_fit_are_refused_and_the_model_is_left_alone(tiny_model, tmp_path):
+    memory_model = opened(tiny_model("llama"))
+    memory_model.save_pretrained(tmp_path / "saved")
+    manifest = tmp_path / "saved" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    save_file({"9.gate_bias": torch.zeros(4)}, tmp_path / "saved" / "memory_model.safetensors")
+    content["files"].pop("memory_model.safetensors")
+    manifest.write_text(json.dumps(content))
+    model = tiny_model("llama")
+    with pytest.raises(CheckpointError, match="does not fit its config"):
+        MemoryModel.from_pretrained(model, tmp_path / "saved")
+    assert not any("byheart" in name for name in model.state_dict())
