@@ -18,9 +18,8 @@ def knn(layers=(1,), **changes):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("llama", {"knn": None}, "knn or xl_cache_length"),
         ("llama", {"knn": knn((2,))}, r"knn.layers must be between 0 and 1.*got 2"),
-        ("llama", {"knn": knn((-1,))}, r"got -1"),
+        ("llama", {"knn": knn((-3,))}, r"or count from the end between -2 and -1, got -3"),
         ("llama", {"knn": knn(), "layers": ("model.layers.0",)}, r"such as 'model.layers.1.self_"),
         ("llama", {"knn": knn(), "segment_length": 60, "xl_cache_length": 5}, "64 positions"),
         ("llama", {"knn": knn(), "segment_length": 0}, "segment_length must be at least 1"),

@@ -307,11 +307,11 @@ def test_checkpoint_of_another_run_is_refused_before_anything_changes(
         options = {"dataset": make_dataset(config, options["dataset"])}
     trainer = make_trainer(run, config, model=MODEL | model, **options)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    weights = model_fingerprint(trainer.decoder)
+    weights = model_fingerprint(trainer.trained)
     with pytest.raises(CheckpointError, match=message):
         trainer.train(find_checkpoint(run))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    assert model_fingerprint(trainer.decoder) == weights
+    assert model_fingerprint(trainer.trained) == weights
     assert trainer.memory == []
 
 

@@ -25,14 +25,14 @@ from byheart.training import arguments as arguments_module
 from byheart.training.callbacks import TensorboardCallback
 from byheart.training.checkpoint import find_checkpoint
 from byheart.training.optim import make_optimizer, schedule_arguments
-from byheart.training.wrapper import TrainedDecoder
+from byheart.training.wrapper import TrainedModel
 
 
 def test_trainer_equals_a_plain_loop(tmp_path):
     config = training_config(rows_per_device=3, save_every=100)
     trainer = make_trainer(tmp_path, config)
     torch.manual_seed(config.seed)
-    decoder = Decoder(trainer.decoder.config)
+    decoder = Decoder(trainer.trained.config)
     optimizer = make_optimizer(decoder, config)
     schedule = schedule_arguments(config)
     scheduler = get_scheduler(
@@ -44,7 +44,7 @@ def test_trainer_equals_a_plain_loop(tmp_path):
     expected, norms = [], []
     for step in range(config.max_steps):
         batch = collate([dataset[step * 3 + row] for row in range(3)])
-        out = TrainedDecoder(decoder)(**batch, state=state)
+        out = TrainedModel(decoder)(**batch, state=state)
         out.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), config.max_gradient_norm)
         norms.append(norm.item())
@@ -59,7 +59,7 @@ def test_trainer_equals_a_plain_loop(tmp_path):
     assert [line["gradient_norm"] for line in metrics_of(tmp_path)] == pytest.approx(norms)
     assert max(norms) > config.max_gradient_norm
     for name, parameter in decoder.named_parameters():
-        torch.testing.assert_close(trainer.decoder.get_parameter(name), parameter)
+        torch.testing.assert_close(trainer.trained.get_parameter(name), parameter)
     torch.testing.assert_close(trainer.memory[0].position, state.position)
     torch.testing.assert_close(trainer.memory[0].stores[1].keys, state.stores[1].keys)
 
@@ -73,9 +73,9 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
         trainer.train()
         results.append((losses(tmp_path / name), trainer))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
-    for name, parameter in results[0][1].decoder.named_parameters():
+    for name, parameter in results[0][1].trained.named_parameters():
         torch.testing.assert_close(
-            results[1][1].decoder.get_parameter(name), parameter, atol=1e-5, rtol=1e-5
+            results[1][1].trained.get_parameter(name), parameter, atol=1e-5, rtol=1e-5
         )
     rows = torch.cat([state.position for state in results[1][1].memory])
     torch.testing.assert_close(rows, results[0][1].memory[0].position)
@@ -114,7 +114,7 @@ def test_log_lines_hold_gates_scales_fill_and_exact_loss(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 8]
     last = lines[-1]
-    decoder = trainer.decoder
+    decoder = trainer.trained
     for name, value in decoder.memory_metrics().items():
         assert last[name] == value
     assert {"gate/layer1/mean", "scale/layer1/mean"} <= last.keys()
@@ -144,7 +144,7 @@ def test_logged_loss_is_the_mean_over_predicted_tokens_of_all_steps_since_the_la
 def test_loss_that_is_not_a_number_is_logged_as_it_is(tmp_path):
     trainer = make_trainer(tmp_path, training_config(max_steps=2), model={"knn_memory": None})
     with torch.no_grad():
-        trainer.decoder.embedding.weight.fill_(math.nan)
+        trainer.trained.embedding.weight.fill_(math.nan)
     trainer.train()
     assert losses(tmp_path) == ["nan", "nan"]
 
@@ -158,7 +158,7 @@ def _evaluate_with_memory(decoder: Decoder) -> dict[str, float]:
     assert not torch.is_grad_enabled()
     for step in range(6):
         batch = collate([dataset[2 * step], dataset[2 * step + 1]])
-        out = TrainedDecoder(decoder)(**batch, state=state)
+        out = TrainedModel(decoder)(**batch, state=state)
         state = state.commit(out.new_entries)
         total += out.loss.item()
     return {"loss": total}
@@ -179,7 +179,7 @@ def test_evaluation_in_between_changes_nothing(tmp_path):
     evaluations = [line for line in lines if "evaluation/loss" in line]
     assert [line["step"] for line in evaluations] == [3, 6, 8]
     assert [line for line in lines if "loss" in line] == metrics_of(tmp_path / "plain")
-    assert model_fingerprint(evaluated.decoder) == model_fingerprint(plain.decoder)
+    assert model_fingerprint(evaluated.trained) == model_fingerprint(plain.trained)
 
 
 def test_an_evaluation_that_fails_costs_nothing(tmp_path):
@@ -210,14 +210,14 @@ def test_an_evaluation_that_fails_costs_nothing(tmp_path):
         6,
         7,
     ]
-    assert model_fingerprint(resumed.decoder) == model_fingerprint(trainer.decoder)
+    assert model_fingerprint(resumed.trained) == model_fingerprint(trainer.trained)
 
 
 def test_bfloat16_is_close_to_float32_and_keeps_float32_weights(tmp_path):
     for precision in ("float32", "bfloat16"):
         trainer = make_trainer(tmp_path / precision, training_config(precision=precision))
         trainer.train()
-    assert {parameter.dtype for parameter in trainer.decoder.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in trainer.trained.parameters()} == {torch.float32}
     # bfloat16 has 8 bits
     assert losses(tmp_path / "bfloat16") == pytest.approx(losses(tmp_path / "float32"), rel=1e-2)
     assert losses(tmp_path / "bfloat16") != losses(tmp_path / "float32")

@@ -35,10 +35,13 @@ def require_possible(model: PreTrainedModel, config: AttachConfig) -> None:
         msg = "The model has a memory already. Take that off with detach() first."
         raise ValueError(msg)
     if config.knn is not None:
-        last = len(attentions) - 1
-        wrong = [layer for layer in config.knn.layers if not 0 <= layer <= last]
+        count = len(attentions)
+        wrong = [layer for layer in config.knn.layers if not -count <= layer < count]
         if wrong:
-            msg = f"knn.layers must be between 0 and {last}, the model's last, got {wrong[0]}."
+            msg = (
+                f"knn.layers must be between 0 and {count - 1}, or count from the end between "
+                f"-{count} and -1, got {wrong[0]}."
+            )
             raise ValueError(msg)
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         msg = (

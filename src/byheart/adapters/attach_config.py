@@ -1,6 +1,6 @@
 """How memory is put on a pretrained decoder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from byheart.memory.config import KnnMemoryConfig
@@ -8,10 +8,14 @@ from byheart.memory.config import KnnMemoryConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttachConfig:
-    """A kNN memory in chosen layers and an XL cache in all layers of a pretrained decoder."""
+    """A kNN memory in chosen layers and an XL cache in all layers of a pretrained decoder.
+
+    Without either, documents are read in segments that know nothing of each other: what a memory is
+    compared with.
+    """
 
     knn: KnnMemoryConfig | None = None
-    """The kNN memory; `None` for none."""
+    """The kNN memory; `None` for none. Its layers may count from the end: -1 is the last."""
     xl_cache_length: int = 0
     """Previous tokens whose keys and values every layer keeps."""
     segment_length: int = 512
@@ -34,9 +38,6 @@ class AttachConfig:
     `normalize_qk`."""
 
     def __post_init__(self) -> None:
-        if self.knn is None and self.xl_cache_length == 0:
-            msg = "A kNN memory or an XL cache must be asked for: set knn or xl_cache_length."
-            raise ValueError(msg)
         if self.xl_cache_length < 0:
             msg = f"xl_cache_length must be 0 (none) or more, got {self.xl_cache_length}."
             raise ValueError(msg)
@@ -46,3 +47,17 @@ class AttachConfig:
         if self.scale_init is not None and not self.scale_init > 0:
             msg = f"scale_init must be above 0, got {self.scale_init}. None takes the model's."
             raise ValueError(msg)
+
+    def resolve(self, num_layers: int) -> "AttachConfig":
+        """Count the layers of the memory from the first.
+
+        Args:
+            num_layers: Layers of the model.
+
+        Returns:
+            The config.
+        """
+        if self.knn is None:
+            return self
+        layers = tuple(layer % num_layers for layer in self.knn.layers)
+        return replace(self, knn=replace(self.knn, layers=layers))

@@ -27,7 +27,7 @@ from byheart.adapters.tied import keep_tied_weights_once
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.state import MemoryState, NewEntries
 from byheart.models.decoder import require_inside_segment
-from byheart.models.segment_model import StateKeeper
+from byheart.models.segment_model import StateKeeper, layer_metrics
 from byheart.ops.losses import IGNORED
 
 
@@ -76,6 +76,7 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
         """
         super().__init__()
         require_possible(model, config)
+        config = config.resolve(model.config.get_text_config().num_hidden_layers)
         self.layers: AttentionLayers = prepare_attentions(model)
         try:
             require_fits(model, config, self.layers)
@@ -134,7 +135,7 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
         size: int = self.model.get_output_embeddings().weight.shape[0]
         return size
 
-    def memories(self) -> dict[int, nn.Module]:
+    def memories(self) -> dict[int, Any]:
         """Return what the memory layers have learned, by layer."""
         found = ((i, getattr(m, MEMORY, None)) for i, m in enumerate(self.layers.modules))
         return {index: memory for index, memory in found if memory is not None}
@@ -142,6 +143,13 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
     def memory_parameters(self) -> list[nn.Parameter]:
         """Return the added weights, for an optimizer that trains them alone or faster."""
         return [weight for memory in self.memories().values() for weight in memory.parameters()]
+
+    def memory_metrics(self) -> dict[str, float]:
+        """Return the gates and scales of the memory layers, for logs."""
+        metrics: dict[str, float] = {}
+        for layer, memory in self.memories().items():
+            metrics |= layer_metrics(layer, memory.log_scale, memory.gate())
+        return metrics
 
     def generate(self, input_ids: Int[Tensor, "batch tokens"], **options: Any) -> Any:
         """Continue prompts as transformers' `generate` does, with the memory in sight.

@@ -17,6 +17,7 @@ from byheart.adapters.memory_view import MEMORY
 from byheart.config import load_config, save_config
 from byheart.errors import CheckpointError
 from byheart.memory.files import complete_directory, read_manifest, recover, require_format
+from byheart.models.checkpoint import require_tokenizer
 from byheart.models.fingerprint import model_fingerprint
 
 FORMAT = "byheart-memory-model"
@@ -27,7 +28,11 @@ _MODEL = "model"
 
 
 def save_attached(
-    memory_model: MemoryModel, directory: str | os.PathLike[str], *, with_model: bool = False
+    memory_model: MemoryModel,
+    directory: str | os.PathLike[str],
+    *,
+    with_model: bool = False,
+    tokenizer_fingerprint: str = "",
 ) -> None:
     """Write the added weights (safetensors) and the config (JSON) to a directory.
 
@@ -38,12 +43,15 @@ def save_attached(
         directory: Where to.
         with_model: Write the model inside, too, without what was added, as Hugging Face's
             checkpoints; for models whose own weights were trained.
+        tokenizer_fingerprint: Identifies the tokenizer that made the model's tokens;
+            `load_attached` refuses another one.
     """
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "model_type": memory_model.config.model_type,
         "model_fingerprint": base_fingerprint(memory_model),
+        "tokenizer_fingerprint": tokenizer_fingerprint,
     }
     with complete_directory(Path(directory), content) as partial:
         save_config(memory_model.memory_config, partial / _CONFIG)
@@ -59,7 +67,11 @@ def save_attached(
 
 
 def load_attached(
-    model: PreTrainedModel | None, source: str | os.PathLike[str], *, check_model: bool = True
+    model: PreTrainedModel | None,
+    source: str | os.PathLike[str],
+    *,
+    check_model: bool = True,
+    tokenizer_fingerprint: str = "",
 ) -> MemoryModel:
     """Put saved memory on a model.
 
@@ -67,17 +79,20 @@ def load_attached(
         model: The model it was saved from; `None` for the one saved along.
         source: Where `save_attached` has written, or a repository of the Hugging Face hub.
         check_model: Refuse a model whose weights are not those that the memory was saved with.
+        tokenizer_fingerprint: If given, the model must have been trained with this tokenizer.
 
     Returns:
         The model with memory, in evaluation mode.
 
     Raises:
         CheckpointError: If the source is incomplete, damaged or of another format, holds no model
-            where one is wanted, or belongs to another model. The model is not changed then.
+            where one is wanted, or belongs to another model or tokenizer. The model is not changed
+            then.
     """
     directory = _local(source)
     manifest = read_manifest(directory)
     require_format(manifest, directory, FORMAT, FORMAT_VERSION)
+    require_tokenizer(manifest, directory, tokenizer_fingerprint)
     if model is None:
         if not (directory / _MODEL).is_dir():
             msg = (
@@ -106,6 +121,17 @@ def load_attached(
         msg = f"{directory / _WEIGHTS} does not fit its config: {error}"
         raise CheckpointError(msg) from error
     return memory_model.eval()
+
+
+def load_attached_weights(memory_model: MemoryModel, directory: Path) -> None:
+    """Give a model with memory the weights that `save_attached` wrote, in place.
+
+    Args:
+        memory_model: A model of the same shape.
+        directory: Where they are, those of the model, too.
+    """
+    saved = load_attached(None, directory)
+    memory_model.load_state_dict(saved.state_dict())
 
 
 def base_fingerprint(memory_model: MemoryModel) -> str:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, cast
 
 import torch
 import typer
@@ -26,6 +26,9 @@ from byheart.data.tokenize import Tokenizer, load_tokenizer
 from byheart.errors import CheckpointError
 from byheart.models.checkpoint import load_model
 from byheart.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from byheart.adapters.memory_model import MemoryModel
 
 err_console = Console(stderr=True)
 """Where progress and messages go: standard output belongs to results."""
@@ -49,6 +52,10 @@ DeviceOption = Annotated[
 ]
 
 
+# the file that only pretrained models with memory have
+_PRETRAINED = "memory_config.json"
+
+
 class ReadingOptions(TypedDict, total=False):
     """How to read documents, as far as the user has said so."""
 
@@ -61,7 +68,7 @@ class ReadingOptions(TypedDict, total=False):
 class TrainedModel(NamedTuple):
     """What a training run has left."""
 
-    decoder: Decoder
+    model: "Decoder | MemoryModel"
     tokenizer: Tokenizer
     run_dir: Path
 
@@ -128,7 +135,7 @@ def open_run(run_dir: Path, device: torch.device) -> TrainedModel:
         device: Where the model shall live.
 
     Returns:
-        Decoder in evaluation mode, and its tokenizer.
+        Model in evaluation mode, and its tokenizer.
 
     Raises:
         CheckpointError: If the run is not finished, or model and tokenizer do not belong together.
@@ -143,8 +150,16 @@ def open_run(run_dir: Path, device: torch.device) -> TrainedModel:
         raise CheckpointError(msg)
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
     fingerprint = tokenizer.fingerprint
-    decoder = load_model(run_dir / "model", tokenizer_fingerprint=fingerprint, device=device)
-    return TrainedModel(decoder, tokenizer, run_dir)
+    model: Decoder | MemoryModel
+    if (run_dir / "model" / _PRETRAINED).is_file():
+        # brings transformers, which a decoder need not wait for
+        from byheart.adapters.memory_saving import load_attached
+
+        model = load_attached(None, run_dir / "model", tokenizer_fingerprint=fingerprint)
+        model = model.to(device)
+    else:
+        model = load_model(run_dir / "model", tokenizer_fingerprint=fingerprint, device=device)
+    return TrainedModel(model, tokenizer, run_dir)
 
 
 @contextmanager

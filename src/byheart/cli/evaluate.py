@@ -137,12 +137,12 @@ def _settings(
 ) -> dict[str, object]:
     return {
         "model": str(trained.run_dir),
-        "model_fingerprint": model_fingerprint(trained.decoder),
+        "model_fingerprint": model_fingerprint(trained.model),
         "tokenizer_fingerprint": trained.tokenizer.fingerprint,
         "documents": str(documents),
         **asdict(caps),
         "xl_cache": xl_cache,
-        "device": str(trained.decoder.embedding.weight.device),
+        "device": str(trained.model.device),
         "versions": {name: version(name) for name in ("byheart", "torch")},
     }
 
@@ -190,7 +190,7 @@ def _measure(
             bar.move("evaluate", now.num_tokens, now.total_tokens)
 
         return evaluate_perplexity(
-            trained.decoder,
+            trained.model,
             corpus,
             memory_sizes=memory_sizes,
             xl_cache=xl_cache,

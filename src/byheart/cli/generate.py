@@ -24,9 +24,9 @@ from byheart.cli.common import (
 from byheart.data.documents import Document, iter_documents
 from byheart.data.tokenize import Tokenizer
 from byheart.memory.state import MemoryState
-from byheart.models.decoder import Decoder
 from byheart.models.generate import SamplingConfig
 from byheart.models.generate import generate as generate_tokens
+from byheart.models.segment_model import SegmentModel, StateKeeper
 from byheart.models.streaming import read_tokens
 
 # tokens given to the model between two moves of the progress bar
@@ -67,19 +67,19 @@ def generate(
     """Continue a text, with everything read before it in memory."""
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     reading = reading_options(folder_as, skip_bad, text_key, suffix)
-    decoder, tokenizer, _ = open_run(model, find_device(device))
-    state = _open_memory(decoder, memory, memory_size)
+    loaded, tokenizer, _ = open_run(model, find_device(device))
+    state = _open_memory(loaded, memory, memory_size)
     if read is not None:
-        state = _read(decoder, tokenizer, state, iter_documents(read, **reading))
+        state = _read(loaded, tokenizer, state, iter_documents(read, **reading))
     if save_memory is not None:
-        decoder.save_state(state, save_memory)
+        loaded.save_state(state, save_memory)
     num_read = int(state.position[0])
     ids = _tokens(tokenizer, prompt, state)
     if ids.shape[1] == 0:
         msg = "Give --prompt a text to continue."
         raise typer.BadParameter(msg)
     new = generate_tokens(
-        decoder,
+        loaded,
         ids,
         max_new_tokens=max_new_tokens,
         state=state,
@@ -104,22 +104,22 @@ def _tokens(tokenizer: Tokenizer, text: str, state: MemoryState) -> torch.Tensor
     return torch.tensor([ids], dtype=torch.long, device=state.position.device)
 
 
-def _open_memory(decoder: Decoder, saved: Path | None, memory_size: int | None) -> MemoryState:
+def _open_memory(model: StateKeeper, saved: Path | None, memory_size: int | None) -> MemoryState:
     if saved is None:
-        return decoder.new_state(1, memory_size=memory_size)
+        return model.new_state(1, memory_size=memory_size)
     if memory_size is not None:
         msg = "--memory-size has no effect on a memory that is loaded with --memory. Leave it out."
         raise typer.BadParameter(msg)
-    return decoder.load_state(saved)
+    return model.load_state(saved)
 
 
 def _read(
-    decoder: Decoder, tokenizer: Tokenizer, state: MemoryState, documents: Iterable[Document]
+    model: SegmentModel, tokenizer: Tokenizer, state: MemoryState, documents: Iterable[Document]
 ) -> MemoryState:
     ids = _tokens(tokenizer, "".join(document.text for document in documents), state)
     with progress_bar("tokens") as progress:
         bar = Bar(progress)
         for start in range(0, ids.shape[1], _PIECE):
-            state = read_tokens(decoder, ids[:, start : start + _PIECE], state).state
+            state = read_tokens(model, ids[:, start : start + _PIECE], state).state
             bar.move("read", min(start + _PIECE, ids.shape[1]), ids.shape[1])
     return state

@@ -25,6 +25,7 @@ from byheart.cli.common import (
 from byheart.cli.task import train_task
 from byheart.config import apply_overrides, load_config, to_dict
 from byheart.recipes import RECIPES, TASK_RECIPES
+from byheart.recipes.text import YOUR_MODEL
 from byheart.training.config import RunConfig
 from byheart.training.task_config import TaskRunConfig
 
@@ -51,6 +52,9 @@ def train(
         Path | None, typer.Option(help="Documents to learn from: JSON lines, text, or a folder.")
     ] = None,
     validation: Annotated[Path | None, typer.Option(help="Documents to evaluate on.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a pretrained Hugging Face model, for 'attach'.")
+    ] = None,
     folder_as: FolderAsOption = None,
     skip_bad: SkipBadOption = False,
     text_key: TextKeyOption = None,
@@ -75,7 +79,7 @@ def train(
     reading = reading_options(folder_as, skip_bad, text_key, suffix)
     found = find_recipe(recipe)
     if isinstance(found, TaskRunConfig):
-        _refuse_documents(data, validation, reading)
+        _refuse_documents(data, validation, model, reading)
         task = _override(found, overrides or [])
         directory = out or Path("runs") / task.name
         if show:
@@ -83,7 +87,7 @@ def train(
         else:
             train_task(task, directory, resume=resume, overwrite=overwrite, as_json=as_json)
         return
-    run = _changed(found, data, validation, reading, overrides or [])
+    run = _changed(_with_model(found, model), data, validation, reading, overrides or [])
     if show:
         print_json(to_dict(run))
         return
@@ -180,6 +184,28 @@ def _preparation(run: RunConfig) -> "Iterator[Callable[[TrainEvent], None]]":
         yield show
 
 
+def _with_model(run: RunConfig, model: Path | None) -> RunConfig:
+    """Put a pretrained model and its tokenizer into a run.
+
+    Returns:
+        The run.
+
+    Raises:
+        BadParameter: If the recipe has no place for it.
+    """
+    if model is None:
+        return run
+    if run.pretrained is None:
+        msg = f"--model is for recipes with a pretrained model, such as attach, not {run.name!r}."
+        raise typer.BadParameter(msg)
+    tokenizer = str(model) if run.data.tokenizer == YOUR_MODEL else run.data.tokenizer
+    return replace(
+        run,
+        pretrained=replace(run.pretrained, path=str(model)),
+        data=replace(run.data, tokenizer=tokenizer),
+    )
+
+
 def _changed(
     run: RunConfig,
     data: Path | None,
@@ -196,6 +222,9 @@ def _changed(
     if run.data.train == "DOCUMENTS":
         msg = f"The recipe {run.name!r} needs documents: pass --data FILE_OR_FOLDER."
         raise typer.BadParameter(msg)
+    if run.pretrained is not None and run.pretrained.path == YOUR_MODEL:
+        msg = f"The recipe {run.name!r} needs a pretrained model: pass --model FOLDER."
+        raise typer.BadParameter(msg)
     return run
 
 
@@ -206,10 +235,12 @@ def _override(run: ConfigT, overrides: list[str]) -> ConfigT:
         raise typer.BadParameter(str(error)) from error
 
 
-def _refuse_documents(data: Path | None, validation: Path | None, reading: ReadingOptions) -> None:
-    if data is not None or validation is not None or reading:
+def _refuse_documents(
+    data: Path | None, validation: Path | None, model: Path | None, reading: ReadingOptions
+) -> None:
+    if data is not None or validation is not None or model is not None or reading:
         msg = (
-            "--data, --validation and the options for reading are for recipes that learn "
+            "--data, --validation, --model and the options for reading are for recipes that learn "
             "documents. For the text around the facts of a task: --set task.background=FILE --set "
             "task.validation_background=FILE."
         )

@@ -1,7 +1,9 @@
 """Save a decoder to a directory and load it again."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -96,6 +98,22 @@ def _check(directory: Path, tokenizer_fingerprint: str) -> None:
         raise CheckpointError(msg)
     manifest = read_manifest(directory)
     require_format(manifest, directory, FORMAT, FORMAT_VERSION)
+    require_tokenizer(manifest, directory, tokenizer_fingerprint)
+
+
+def require_tokenizer(
+    manifest: Mapping[str, Any], directory: Path, tokenizer_fingerprint: str
+) -> None:
+    """Refuse a tokenizer that a model was not trained with.
+
+    Args:
+        manifest: The model's.
+        directory: Where the model is, for the message.
+        tokenizer_fingerprint: The tokenizer's; empty if it is not known.
+
+    Raises:
+        CheckpointError: If both are known and differ.
+    """
     saved = manifest["tokenizer_fingerprint"]
     if tokenizer_fingerprint and saved and tokenizer_fingerprint != saved:
         msg = (

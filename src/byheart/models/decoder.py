@@ -14,7 +14,7 @@ from byheart.models.config import DecoderConfig
 from byheart.models.init import initialize
 from byheart.models.local import LocalContext
 from byheart.models.norm import RMSNorm
-from byheart.models.segment_model import StateKeeper
+from byheart.models.segment_model import StateKeeper, layer_metrics
 from byheart.ops.losses import IGNORED, cross_entropy
 
 
@@ -244,15 +244,8 @@ class Decoder(nn.Module, StateKeeper):
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             mix = block.attention.mix
-            if mix is None:
-                continue
-            scale = block.attention.log_scale.detach().exp()
-            metrics[f"scale/layer{layer}/mean"] = scale.mean().item()
-            gate = mix.gate()
-            if gate is not None:
-                metrics[f"gate/layer{layer}/mean"] = gate.mean().item()
-                metrics[f"gate/layer{layer}/min"] = gate.min().item()
-                metrics[f"gate/layer{layer}/max"] = gate.max().item()
+            if mix is not None:
+                metrics |= layer_metrics(layer, block.attention.log_scale, mix.gate())
         return metrics
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from byheart.memory.layout import MemoryLayout
@@ -87,6 +87,27 @@ class StateKeeper:
 
     def _fingerprint(self) -> str:
         return model_fingerprint(cast("nn.Module", self))
+
+
+def layer_metrics(
+    layer: int, log_scale: Float[Tensor, " heads"], gate: Float[Tensor, " heads"] | None
+) -> dict[str, float]:
+    """Return what logs say of a memory layer.
+
+    Args:
+        layer: Its number.
+        log_scale: Logarithm of the factor of its scores.
+        gate: Its gates; `None` if it has none.
+
+    Returns:
+        Numbers by name.
+    """
+    metrics = {f"scale/layer{layer}/mean": log_scale.detach().exp().mean().item()}
+    if gate is not None:
+        metrics[f"gate/layer{layer}/mean"] = gate.mean().item()
+        metrics[f"gate/layer{layer}/min"] = gate.min().item()
+        metrics[f"gate/layer{layer}/max"] = gate.max().item()
+    return metrics
 
 
 @runtime_checkable

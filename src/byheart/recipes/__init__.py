@@ -5,7 +5,7 @@ from collections.abc import Callable
 from byheart.recipes.compare import compare_memory, compare_none, compare_xl
 from byheart.recipes.demo import demo
 from byheart.recipes.tasks import rmt_capacity, rmt_detect, rmt_memorize, rmt_reason
-from byheart.recipes.text import paper, text
+from byheart.recipes.text import attach, paper, text
 from byheart.training.config import RunConfig
 from byheart.training.task_config import TaskRunConfig
 
@@ -15,11 +15,12 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
     "text": text,
     "paper": paper,
+    "attach": attach,
     "compare-none": compare_none,
     "compare-xl": compare_xl,
     "compare-memory": compare_memory,
 }
-"""Recipes that learn documents with a decoder; the first line of each docstring describes it."""
+"""Recipes that learn documents; the first line of each docstring describes it."""
 
 TASK_RECIPES: dict[str, Callable[[], TaskRunConfig]] = {
     "rmt-memorize": rmt_memorize,

@@ -48,10 +48,12 @@ def compare_memory() -> RunConfig:
 def compare_xl() -> RunConfig:
     """Of three models to compare: XL cache, no kNN memory."""
     run = compare_memory()
+    assert run.model is not None
     return replace(run, name="compare-xl", model=replace(run.model, knn_memory=None))
 
 
 def compare_none() -> RunConfig:
     """Of three models to compare: neither XL cache nor kNN memory."""
     run = compare_xl()
+    assert run.model is not None
     return replace(run, name="compare-none", model=replace(run.model, xl_cache_length=0))

@@ -1,9 +1,19 @@
 """Starting points for the user's own documents; name them with --data and --validation."""
 
-from byheart.training.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from byheart.adapters.attach_config import AttachConfig
+from byheart.memory.config import KnnMemoryConfig
+from byheart.training.config import (
+    DataConfig,
+    ModelConfig,
+    PretrainedConfig,
+    RunConfig,
+    TrainingConfig,
+)
 
-# filled in by --data; the error about a missing path says so
+# filled in by --data and --model; the errors about what is missing say so
 _YOUR_DOCUMENTS = "DOCUMENTS"
+YOUR_MODEL = "MODEL"
+"""Path that stands for a pretrained model."""
 
 
 def text() -> RunConfig:
@@ -18,6 +28,31 @@ def text() -> RunConfig:
             learning_rate=2e-3,
             warmup_steps=200,
             weight_decay=0.01,
+            precision="bfloat16",
+        ),
+    )
+
+
+def attach() -> RunConfig:
+    """A memory of 8K on a pretrained decoder that you name with --model.
+
+    All weights learn; --set pretrained.trains=memory leaves the model's own as they are.
+    """
+    knn = KnnMemoryConfig(layers=(-4,), memory_size=8192, age_slope=0.5)
+    return RunConfig(
+        name="attach",
+        pretrained=PretrainedConfig(
+            path=YOUR_MODEL, memory=AttachConfig(knn=knn, xl_cache_length=512)
+        ),
+        data=DataConfig(train=_YOUR_DOCUMENTS, tokenizer=YOUR_MODEL, max_document_tokens=32_768),
+        training=TrainingConfig(
+            rows_per_device=2,
+            max_steps=1000,
+            learning_rate=3e-5,
+            # scale and gates are the only weights that are new
+            gate_learning_rate_factor=1000.0,
+            warmup_steps=50,
+            weight_decay=0.0,
             precision="bfloat16",
         ),
     )

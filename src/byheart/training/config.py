@@ -4,10 +4,18 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from byheart.adapters.attach_config import AttachConfig
 from byheart.data.documents import FolderAs, OnBad
 from byheart.models.config import DecoderConfig, preset
 
-__all__ = ["DataConfig", "EvaluationConfig", "ModelConfig", "RunConfig", "TrainingConfig"]
+__all__ = [
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "PretrainedConfig",
+    "RunConfig",
+    "TrainingConfig",
+]
 
 # the share that the authors' cosine schedule ends at
 _DEFAULT_MIN_RATIO = 0.1
@@ -153,6 +161,20 @@ class ModelConfig(DecoderConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainedConfig:
+    """A decoder of Hugging Face with memory on it."""
+
+    path: str
+    """Folder of the model, on this machine."""
+    memory: AttachConfig = field(default_factory=AttachConfig)
+    """What is put on it."""
+    from_scratch: bool = False
+    """Take random weights, of the shape that the folder's config.json names."""
+    trains: Literal["all", "memory"] = "all"
+    """Which weights learn: all, or those of the memory alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """The documents and the tokenizer of a run."""
 
@@ -229,14 +251,30 @@ class RunConfig:
 
     name: str
     """What the run is called."""
-    model: ModelConfig
-    """The decoder."""
+    model: ModelConfig | None = None
+    """The decoder; `None` for a pretrained model."""
+    pretrained: PretrainedConfig | None = None
+    """The pretrained model, instead of a decoder."""
     data: DataConfig
     """Documents and tokenizer."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Batch, optimizer, checkpoints."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Validation."""
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.pretrained is None):
+            got = "neither" if self.model is None else "both"
+            msg = f"A run must have either a model or a pretrained one, got {got}. Set one to null."
+            raise ValueError(msg)
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens of a segment."""
+        if self.pretrained is not None:
+            return self.pretrained.memory.segment_length
+        assert self.model is not None
+        return self.model.segment_length
 
 
 def _values(config: DecoderConfig) -> dict[str, Any]:

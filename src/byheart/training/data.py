@@ -82,7 +82,7 @@ def make_dataset(run: RunConfig, corpus: TokenizedCorpus, num_processes: int) ->
     training = run.training
     plan = RowPlan(
         corpus.lengths,
-        segment_length=run.model.segment_length,
+        segment_length=run.segment_length,
         num_rows=training.rows_per_device * num_processes * training.accumulation_steps,
         num_steps=training.max_steps,
         seed=training.seed if run.data.shuffle else None,

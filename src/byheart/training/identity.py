@@ -1,10 +1,10 @@
 """What a run depends on, and whether its parts fit together."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from byheart.config import to_dict
 from byheart.data.rows import SegmentDataset
-from byheart.models.config import DecoderConfig
 from byheart.training.config import TrainingConfig
 
 __all__ = ["check_fit", "run_identity"]
@@ -14,7 +14,7 @@ _FREE_TO_CHANGE = ("max_steps", "save_every", "keep_checkpoints", "evaluate_ever
 
 
 def run_identity(
-    model: DecoderConfig,
+    model: Mapping[str, Any],
     dataset: SegmentDataset,
     config: TrainingConfig,
     *,
@@ -24,7 +24,7 @@ def run_identity(
     """Collect what a run depends on: a checkpoint may only continue a run where all of it agrees.
 
     Args:
-        model: The decoder's config.
+        model: What the model is.
         dataset: The segments.
         config: How to train.
         tokenizer_fingerprint: Identifies the tokenizer.
@@ -37,7 +37,7 @@ def run_identity(
     for name in _FREE_TO_CHANGE:
         del training[name]
     return {
-        "model": to_dict(model),
+        "model": dict(model),
         "tokenizer": tokenizer_fingerprint,
         "training": training,
         "num_processes": num_processes,
@@ -47,12 +47,12 @@ def run_identity(
 
 
 def check_fit(
-    model: DecoderConfig, dataset: SegmentDataset, config: TrainingConfig, num_processes: int
+    segment_length: int, dataset: SegmentDataset, config: TrainingConfig, num_processes: int
 ) -> None:
     """Refuse a dataset whose rows, steps or segments are not those of the run.
 
     Args:
-        model: The decoder's config.
+        segment_length: Tokens of the model's segments.
         dataset: The segments.
         config: How to train.
         num_processes: Processes of the run.
@@ -74,9 +74,9 @@ def check_fit(
             f"Make it with RowPlan(..., num_steps={config.max_steps})."
         )
         raise ValueError(msg)
-    if plan.segment_length != model.segment_length:
+    if plan.segment_length != segment_length:
         msg = (
-            f"The plan must have the model's segment_length {model.segment_length}, got "
+            f"The plan must have the model's segment_length {segment_length}, got "
             f"{plan.segment_length}."
         )
         raise ValueError(msg)

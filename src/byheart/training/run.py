@@ -18,8 +18,6 @@ from byheart.data.rows import SegmentDataset
 from byheart.data.token_cache import TokenizeProgress
 from byheart.data.tokenize import Tokenizer
 from byheart.evaluation.perplexity import evaluate_perplexity
-from byheart.models.checkpoint import save_model
-from byheart.models.decoder import Decoder
 from byheart.training.arguments import training_arguments
 from byheart.training.callbacks import TrainEvent
 from byheart.training.checkpoint import (
@@ -34,6 +32,7 @@ from byheart.training.config import EvaluationConfig, RunConfig
 from byheart.training.data import RunData, load_data, make_dataset
 from byheart.training.identity import run_identity
 from byheart.training.metrics import MetricsFile, plain_number
+from byheart.training.models import TrainableModel, make_model, model_identity, save_trained
 from byheart.training.trainer import METRICS, MemoryTrainer
 
 __all__ = ["TrainResult", "refuse_existing", "train"]
@@ -109,13 +108,13 @@ def train(
         parts = _prepare(run, out, arguments, resume=resume, on_event=on_event)
         if arguments.process_index == 0:
             _begin_directory(out, parts, resume=resume)
-    decoder = _train(parts, arguments, on_event)
+    model = _train(parts, arguments, on_event)
     fingerprint = parts.data.tokenizer.fingerprint
     if arguments.process_index == 0:
         with explained_write_errors(out / MODEL):
-            save_model(decoder, out / MODEL, tokenizer_fingerprint=fingerprint)
+            save_trained(model, out / MODEL, tokenizer_fingerprint=fingerprint)
     arguments.distributed_state.wait_for_everyone()
-    result = _result(out, decoder, parts)
+    result = _result(out, model, parts)
     if arguments.process_index == 0:
         with explained_write_errors(out / _RESULT):
             _write_result(result, parts)
@@ -157,13 +156,15 @@ def _prepare(
         _tokenize_events(run, on_event) if on_event is not None and is_main else None,
     )
     vocab_size = data.tokenizer.vocab_size
-    if checkpoint is None:
-        run.model.resolve(vocab_size)
-    run = replace(run, model=replace(run.model, vocab_size=vocab_size))
+    if run.model is not None:
+        if checkpoint is None:
+            run.model.resolve(vocab_size)
+        run = replace(run, model=replace(run.model, vocab_size=vocab_size))
     dataset = make_dataset(run, data.train, arguments.world_size)
+    described = model_identity(run, vocab_size)
     if checkpoint is not None:
         identity = run_identity(
-            run.model.resolve(vocab_size), dataset, run.training,
+            described, dataset, run.training,
             tokenizer_fingerprint=data.tokenizer.fingerprint, num_processes=arguments.world_size,
         )  # fmt: skip
         checkpoint.require_same(identity)
@@ -175,37 +176,38 @@ def _train(
     parts: _Parts,
     arguments: TrainingArguments,
     on_event: Callable[[TrainEvent], None] | None,
-) -> Decoder:
+) -> TrainableModel:
     run, validation, tokenizer = parts.run, parts.data.validation, parts.data.tokenizer
     torch.manual_seed(run.training.seed)
-    decoder = Decoder(run.model.resolve(run.model.vocab_size))
+    model = make_model(run, tokenizer.vocab_size)
     evaluate = None
     if validation is not None:
         evaluate = _evaluation(validation, tokenizer, run.evaluation)
         # two tokens of each setting: what cannot be measured is refused now, not hours later
         first = replace(run.evaluation, max_documents=1, max_tokens=2)
-        _evaluation(validation, tokenizer, first)(decoder)
+        _evaluation(validation, tokenizer, first)(model)
     elif run.training.evaluate_every is not None:
         _LOGGER.warning("training.evaluate_every has no effect without data.validation.")
     trainer = MemoryTrainer(
-        decoder,
+        model,
         parts.dataset,
         run.training,
         arguments,
+        identity=model_identity(run, tokenizer.vocab_size),
         tokenizer_fingerprint=tokenizer.fingerprint,
         evaluate=evaluate,
         on_event=on_event,
     )
     trainer.train(parts.checkpoint)
-    return decoder
+    return model
 
 
 def _evaluation(
     corpus: TokenizedCorpus, tokenizer: Tokenizer, config: EvaluationConfig
-) -> Callable[[Decoder], dict[str, float]]:
-    def evaluate(decoder: Decoder) -> dict[str, float]:
+) -> Callable[[TrainableModel], dict[str, float]]:
+    def evaluate(model: TrainableModel) -> dict[str, float]:
         result = evaluate_perplexity(
-            decoder,
+            model,
             corpus,
             memory_sizes=(None,) if config.memory_sizes is None else config.memory_sizes,
             rows=config.rows,
@@ -298,7 +300,7 @@ def _check_steps(checkpoint: Checkpoint, run: RunConfig, out: Path) -> None:
         )
 
 
-def _result(out: Path, decoder: Decoder, parts: _Parts) -> TrainResult:
+def _result(out: Path, model: TrainableModel, parts: _Parts) -> TrainResult:
     lines = MetricsFile(out / METRICS).read()
     logs = [line for line in lines if "loss" in line]
     if not logs:
@@ -312,7 +314,7 @@ def _result(out: Path, decoder: Decoder, parts: _Parts) -> TrainResult:
         model_dir=out / MODEL,
         steps=parts.run.training.max_steps,
         resumed_from=None if parts.checkpoint is None else parts.checkpoint.step,
-        num_parameters=sum(parameter.numel() for parameter in decoder.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_tokens=logs[-1]["num_tokens"],
         loss=float(logs[-1]["loss"]),
         evaluation={

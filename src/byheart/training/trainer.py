@@ -1,4 +1,4 @@
-"""Train a decoder on document-ordered rows: the Hugging Face Trainer with a memory per row."""
+"""Train a model on document-ordered rows: the Hugging Face Trainer with a memory per row."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,20 +9,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from byheart.config import to_dict
 from byheart.data.rows import SegmentDataset, collate
 from byheart.errors import CheckpointError
 from byheart.memory.state import MemoryState, NewEntries
-from byheart.models.checkpoint import load_weights, save_model
-from byheart.models.decoder import Decoder, DecoderOutput
 from byheart.ops.losses import IGNORED
 from byheart.training.callbacks import TrainEvent
 from byheart.training.checkpoint import MODEL, Checkpoint, load_memory, save_memory
 from byheart.training.config import TrainingConfig
 from byheart.training.identity import check_fit, run_identity
 from byheart.training.metrics import memory_fill
+from byheart.training.models import TrainableModel, load_model_weights, save_trained
 from byheart.training.optim import make_optimizer
 from byheart.training.resumable import METRICS, ResumableTrainer
-from byheart.training.wrapper import TrainedDecoder
+from byheart.training.wrapper import TrainedModel
 
 __all__ = ["METRICS", "MemoryTrainer"]
 
@@ -37,12 +37,13 @@ class MemoryTrainer(ResumableTrainer):
     uninterrupted run: on a CPU bit for bit.
 
     Args:
-        decoder: The model; it is trained in place.
+        model: The model; it is trained in place.
         dataset: The segments of all rows in the order of the steps.
         config: How to train.
         arguments: What `training_arguments` made of it; names the directory of the run.
+        identity: What the model is, for checkpoints; `None` for a decoder's config.
         tokenizer_fingerprint: Identifies the tokenizer of the dataset, for checkpoints.
-        evaluate: Measures the decoder, with memory of its own, in each process. It must not change
+        evaluate: Measures the model, with memory of its own, in each process. It must not change
             anything. Gives metrics by name.
         on_event: Called in the main process for each log line, evaluation and checkpoint.
 
@@ -52,18 +53,19 @@ class MemoryTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        decoder: Decoder,
+        model: TrainableModel,
         dataset: SegmentDataset,
         config: TrainingConfig,
         arguments: TrainingArguments,
         *,
+        identity: Mapping[str, Any] | None = None,
         tokenizer_fingerprint: str = "",
-        evaluate: Callable[[Decoder], Mapping[str, float]] | None = None,
+        evaluate: Callable[[TrainableModel], Mapping[str, float]] | None = None,
         on_event: Callable[[TrainEvent], None] | None = None,
     ) -> None:
-        check_fit(decoder.config, dataset, config, arguments.world_size)
+        check_fit(model.memory_layout.segment_length, dataset, config, arguments.world_size)
         super().__init__(
-            TrainedDecoder(decoder),
+            TrainedModel(model),
             dataset,
             config,
             arguments,
@@ -71,7 +73,7 @@ class MemoryTrainer(ResumableTrainer):
             evaluates=evaluate is not None,
             on_event=on_event,
         )
-        self.decoder = decoder
+        self.trained = model
         self.dataset = dataset
         self.memory: list[MemoryState] = []
         """What the rows of this process have read, one state per micro-batch."""
@@ -79,11 +81,12 @@ class MemoryTrainer(ResumableTrainer):
         self._micro_batch = 0
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self._measure = evaluate
+        self._model_identity = to_dict(model.config) if identity is None else identity
 
     def identity(self) -> dict[str, Any]:
         """Return what the run depends on, as checkpoints keep it."""
         return run_identity(
-            self.decoder.config, self.dataset, self.training_config,
+            self._model_identity, self.dataset, self.training_config,
             tokenizer_fingerprint=self._tokenizer_fingerprint, num_processes=self.args.world_size,
         )  # fmt: skip
 
@@ -132,7 +135,7 @@ class MemoryTrainer(ResumableTrainer):
         """
         assert not return_outputs
         assert num_items_in_batch is not None
-        output: DecoderOutput = model(**inputs, state=self.memory[self._micro_batch])
+        output = model(**inputs, state=self.memory[self._micro_batch])
         assert output.token_losses is not None
         self._new_entries = output.new_entries
         nats = output.token_losses.sum()
@@ -142,20 +145,20 @@ class MemoryTrainer(ResumableTrainer):
         return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Build the optimizer with the decoder's parameter groups.
+        """Build the optimizer with the parameter groups.
 
         Args:
-            model: Not used: the decoder is not sharded.
+            model: Not used: the model is not sharded.
 
         Returns:
             The optimizer.
         """
         if self.optimizer is None:
-            self.optimizer = make_optimizer(self.decoder, self.training_config)
+            self.optimizer = make_optimizer(self.trained, self.training_config)
         return self.optimizer
 
     def evaluate(self, **_: Any) -> dict[str, float]:
-        """Measure the decoder; training goes on as if nothing had happened.
+        """Measure the model; training goes on as if nothing had happened.
 
         A checkpoint of the same step is written first: an evaluation that fails must not cost the
         steps since the one before. Resuming makes the evaluation up.
@@ -167,8 +170,8 @@ class MemoryTrainer(ResumableTrainer):
         if self.control.should_save:
             self._save_checkpoint(self.model, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        with self._undisturbed(self.decoder):
-            measured = self._measure(self.decoder)
+        with self._undisturbed(self.trained):
+            measured = self._measure(self.trained)
         logs = {f"evaluation/{name}": value for name, value in measured.items()}
         self._write("evaluation", logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
@@ -186,7 +189,7 @@ class MemoryTrainer(ResumableTrainer):
             return
         metrics = self._meter.take(self._add_up)
         metrics |= {"learning_rate": logs["learning_rate"], "gradient_norm": logs["grad_norm"]}
-        metrics |= self.decoder.memory_metrics()
+        metrics |= self.trained.memory_metrics()
         fill = memory_fill(self.memory)
         if fill is not None:
             shares = torch.tensor(fill, dtype=torch.float64, device=self.args.device)
@@ -201,14 +204,14 @@ class MemoryTrainer(ResumableTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            save_model(
-                self.decoder,
+            save_trained(
+                self.trained,
                 Path(output_dir or self.out_dir) / MODEL,
                 tokenizer_fingerprint=self._tokenizer_fingerprint,
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.decoder, Path(resume_from_checkpoint) / MODEL)
+        load_model_weights(self.trained, Path(resume_from_checkpoint) / MODEL)
 
     def _begin(self) -> None:
         self.memory = self._empty_memory()
@@ -235,7 +238,7 @@ class MemoryTrainer(ResumableTrainer):
         # all have read the lines before one writes another
         self.accelerator.wait_for_everyone()
         if is_owed or self._is_done(step):
-            load_weights(self.decoder, checkpoint.path / MODEL)
+            load_model_weights(self.trained, checkpoint.path / MODEL)
         if is_owed:
             self.state.global_step = step
             self.evaluate()
@@ -245,4 +248,4 @@ class MemoryTrainer(ResumableTrainer):
 
     def _empty_memory(self) -> list[MemoryState]:
         rows, count = self.training_config.rows_per_device, self.training_config.accumulation_steps
-        return [self.decoder.new_state(rows) for _ in range(count)]
+        return [self.trained.new_state(rows) for _ in range(count)]

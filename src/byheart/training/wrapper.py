@@ -1,26 +1,28 @@
-"""A decoder as the Hugging Face Trainer wants it."""
+"""A model as the Hugging Face Trainer wants it."""
+
+from typing import Any
 
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from byheart.memory.state import MemoryState
-from byheart.models.decoder import Decoder, DecoderOutput
+from byheart.models.segment_model import SegmentModel
 
-__all__ = ["TrainedDecoder"]
+__all__ = ["TrainedModel"]
 
 
-class TrainedDecoder(nn.Module):
-    """A decoder as the Trainer wants it.
+class TrainedModel(nn.Module):
+    """A model as the Trainer wants it.
 
     The Trainer writes into `model.config` and asks `accepts_loss_kwargs` whether to count the
-    predicted tokens of a step, so the decoder is kept one level below.
+    predicted tokens of a step, so the model is kept one level below.
     """
 
     accepts_loss_kwargs = True
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, model: SegmentModel) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.reader = model
 
     def forward(
         self,
@@ -29,7 +31,7 @@ class TrainedDecoder(nn.Module):
         num_tokens: Int[Tensor, " batch"],
         document_start: Bool[Tensor, " batch"],
         state: MemoryState,
-    ) -> DecoderOutput:
+    ) -> Any:
         """Read a segment per row.
 
         Args:
@@ -40,9 +42,9 @@ class TrainedDecoder(nn.Module):
             state: What the rows have read.
 
         Returns:
-            The decoder's output, with the losses of all tokens.
+            The model's output, with the losses of all tokens.
         """
-        return self.decoder(  # type: ignore[no-any-return]
+        return self.reader(
             input_ids,
             state=state,
             document_start=document_start,

@@ -1,0 +1,122 @@
+"""The models that a run on documents can train, and what it asks of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from byheart.adapters.loading import load_transformer
+from byheart.adapters.memory_model import MemoryModel
+from byheart.adapters.memory_saving import load_attached_weights, save_attached
+from byheart.config import to_dict
+from byheart.errors import CheckpointError
+from byheart.models.checkpoint import load_weights, save_model
+from byheart.models.decoder import Decoder
+from byheart.training.config import PretrainedConfig, RunConfig
+
+__all__ = ["TrainableModel", "load_model_weights", "make_model", "model_identity", "save_trained"]
+
+TrainableModel: TypeAlias = Decoder | MemoryModel
+"""What a run can train."""
+
+
+def make_model(run: RunConfig, vocab_size: int) -> TrainableModel:
+    """Make the model of a run, as it is before the first step.
+
+    Args:
+        run: The run.
+        vocab_size: Tokens of its tokenizer.
+
+    Returns:
+        The model.
+    """
+    if run.pretrained is None:
+        assert run.model is not None
+        return Decoder(run.model.resolve(vocab_size))
+    model = MemoryModel(_transformer(run.pretrained), run.pretrained.memory)
+    if run.pretrained.trains == "memory":
+        _freeze_all_but(model, model.memory_parameters())
+    return model
+
+
+def model_identity(run: RunConfig, vocab_size: int) -> dict[str, Any]:
+    """Describe the model of a run, for checkpoints, without making it.
+
+    Args:
+        run: The run.
+        vocab_size: Tokens of its tokenizer.
+
+    Returns:
+        Nested dictionaries that JSON can hold.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model.
+    """
+    if run.pretrained is None:
+        assert run.model is not None
+        return to_dict(run.model.resolve(vocab_size))
+    description = to_dict(run.pretrained)
+    # the folder may be moved; what is trained is in the checkpoint
+    del description["path"]
+    config = _config(run.pretrained)
+    known = config.get_text_config().vocab_size
+    if vocab_size > known:
+        msg = (
+            f"The tokenizer must have at most the {known} tokens of {run.pretrained.path}, got "
+            f"{vocab_size}. Set data.tokenizer to the one that belongs to the model."
+        )
+        raise ValueError(msg)
+    return {**description, "config": config.to_diff_dict()}
+
+
+def save_trained(model: TrainableModel, directory: Path, *, tokenizer_fingerprint: str) -> None:
+    """Write a model to a directory, replaced only when the new one is complete.
+
+    Args:
+        model: What to save.
+        directory: Where to.
+        tokenizer_fingerprint: Identifies the tokenizer that made the model's tokens.
+    """
+    if isinstance(model, Decoder):
+        save_model(model, directory, tokenizer_fingerprint=tokenizer_fingerprint)
+    else:
+        save_attached(
+            model, directory, with_model=True, tokenizer_fingerprint=tokenizer_fingerprint
+        )
+
+
+def load_model_weights(model: TrainableModel, directory: Path) -> None:
+    """Give a model the weights that `save_trained` wrote, in place.
+
+    Args:
+        model: A model of the same shape.
+        directory: Where the weights are.
+    """
+    load: Callable[[Any, Path], None] = (
+        load_weights if isinstance(model, Decoder) else load_attached_weights
+    )
+    load(model, directory)
+
+
+def _transformer(config: PretrainedConfig) -> Any:
+    if not config.from_scratch:
+        return load_transformer(config.path)
+    return AutoModelForCausalLM.from_config(_config(config))
+
+
+def _config(config: PretrainedConfig) -> Any:
+    if not Path(config.path).is_dir():
+        msg = f"There is no model directory {config.path}. Check pretrained.path."
+        raise CheckpointError(msg)
+    try:
+        return AutoConfig.from_pretrained(config.path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        msg = f"{config.path} cannot be read as a Hugging Face model: {error}"
+        raise CheckpointError(msg) from error
+
+
+def _freeze_all_but(model: MemoryModel, kept: list[Any]) -> None:
+    learning = {id(weight) for weight in kept}
+    for weight in model.parameters():
+        weight.requires_grad_(id(weight) in learning)

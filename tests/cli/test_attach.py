@@ -1,0 +1,110 @@
+"""`byheart train attach`: a memory on a pretrained model, from the command line."""
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from byheart.cli.main import main
+from byheart.data.tokenize import BpeTokenizer
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "the",
+    "mat",
+    "while",
+    "a",
+    "dog",
+    "ran",
+    "to",
+    "the",
+    "gate",
+    "and",
+    "back",
+    "again",
+]
+LAYER_9 = "--set=pretrained.memory.knn.layers=[9]"
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("BYHEART_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["byheart", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, " ".join(err.replace("│", " ").split())
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model and its tokenizer in one folder, as the hub has them."""
+    text = " ".join(WORDS[i * i % len(WORDS)] for i in range(400))
+    tokenizer = BpeTokenizer.train([text], 270)
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=270, hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save(tmp_path / "llama")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text(text, encoding="utf-8")
+    return tmp_path / "llama"
+
+
+def test_train_evaluate_and_generate(command, model, tmp_path):
+    code, out, err = command(
+        "train", "attach", "--model", model, "--data", tmp_path / "texts", "--validation",
+        tmp_path / "texts", "--out", tmp_path / "run", "--json",
+        "--set=pretrained.memory.segment_length=16", "--set=pretrained.memory.xl_cache_length=16",
+        "--set=training.max_steps=4", "--set=training.precision=float32",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 4
+    code, out, err = command("evaluate", tmp_path / "run", "--memory-size", "0,64", "--json")
+    assert code == 0, err
+    assert [m["memory_size"] for m in json.loads(out)["measurements"]] == [0, 64]
+    code, out, err = command(
+        "generate", tmp_path / "run", "--read", tmp_path / "texts" / "one.txt", "--prompt", "the",
+        "--max-new-tokens", "40", "--save-memory", tmp_path / "memory",
+    )  # fmt: skip
+    assert code == 0, err
+    assert out.startswith("the")
+    code, _, err = command(
+        "generate", tmp_path / "run", "--memory", tmp_path / "memory", "--prompt", "a dog"
+    )
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["attach", "--data", "x"], 2, "needs a pretrained model: pass --model FOLDER"),
+        (["text", "--data", "x", "--model", "y"], 2, "for recipes with a pretrained model"),
+        (["rmt-memorize", "--model", "y"], 2, "for recipes that learn documents"),
+        (
+            ["attach", "--model", "MODEL", "--data", "TEXTS", LAYER_9], 1,
+            "knn.layers must be between 0 and 3",
+        ),
+        (["attach", "--model", "TEXTS", "--data", "TEXTS"], 1, "TEXTS"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(command, model, tmp_path, arguments, code, message):
+    places = {"MODEL": str(model), "TEXTS": str(tmp_path / "texts")}
+    arguments = [places.get(argument, argument) for argument in arguments]
+    got, _, err = command("train", *arguments, "--out", tmp_path / "run")
+    assert got == code
+    assert places.get(message, message) in err

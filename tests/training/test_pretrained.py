@@ -1,0 +1,123 @@
+"""A pretrained model with memory trains, resumes and is evaluated like a decoder."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from training_setup import training_config
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from byheart.adapters.attach_config import AttachConfig
+from byheart.adapters.memory_saving import load_attached
+from byheart.errors import CheckpointError
+from byheart.memory.config import KnnMemoryConfig
+from byheart.training.config import DataConfig, ModelConfig, PretrainedConfig, RunConfig
+from byheart.training.run import train
+
+SENTENCE = "The old key opens the new door. "
+
+
+@pytest.fixture
+def llama(tmp_path):
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.fixture
+def run(llama, tmp_path):
+    texts = [SENTENCE * 4, "Nothing else. " * 5, SENTENCE * 2]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    memory = AttachConfig(
+        knn=KnnMemoryConfig(layers=(-1,), memory_size=23, top_k=4),
+        segment_length=7, xl_cache_length=7,
+    )  # fmt: skip
+    return RunConfig(
+        name="attached",
+        pretrained=PretrainedConfig(path=str(llama), memory=memory),
+        data=DataConfig(train=str(path), validation=str(path), cache_dir=str(tmp_path / "cache")),
+        training=training_config(max_steps=6, evaluate_every=3),
+    )
+
+
+def losses(directory):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines
+    ]
+
+
+def test_it_learns_and_is_loaded_again(run, llama, tmp_path):
+    result = train(run, tmp_path / "run")
+    lines = losses(tmp_path / "run")
+    assert lines[0]["gate/layer1/mean"] == 0
+    assert lines[-2]["gate/layer1/max"] != 0
+    assert lines[-1]["evaluation/nats_per_token/memory_23"] < 5.7
+    loaded = load_attached(None, result.model_dir)
+    before = LlamaForCausalLM.from_pretrained(llama)
+    assert not torch.equal(loaded.model.lm_head.weight, before.lm_head.weight)
+    assert loaded.memory_parameters()[0].abs().sum() > 0
+
+
+def test_resumed_it_is_the_run_that_was_never_stopped(run, tmp_path):
+    run = replace(run, training=replace(run.training, schedule="constant"))
+    train(run, tmp_path / "whole")
+    short = replace(run, training=replace(run.training, max_steps=3))
+    train(short, tmp_path / "parts")
+    train(run, tmp_path / "parts", resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    memory = replace(run.pretrained.memory, xl_cache_length=0)
+    other = replace(run, pretrained=replace(run.pretrained, memory=memory))
+    with pytest.raises(CheckpointError, match="xl_cache_length"):
+        train(other, tmp_path / "parts", resume=True)
+
+
+def test_the_memory_alone_learns_if_wanted(run, llama, tmp_path):
+    run = replace(run, pretrained=replace(run.pretrained, trains="memory"))
+    result = train(run, tmp_path / "run")
+    loaded = load_attached(None, result.model_dir)
+    before = LlamaForCausalLM.from_pretrained(llama)
+    model = loaded.detach()
+    for mine, theirs in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_from_scratch_the_weights_are_new_and_the_seed_decides(run, llama, tmp_path):
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        scratch = replace(
+            run,
+            pretrained=replace(run.pretrained, from_scratch=True),
+            training=replace(run.training, max_steps=1, seed=seed),
+        )
+        result = train(scratch, tmp_path / name)
+        weights.append(load_attached(None, result.model_dir).model.lm_head.weight)
+    before = LlamaForCausalLM.from_pretrained(llama).lm_head.weight
+    assert torch.equal(weights[0], weights[1])
+    assert (weights[0] - before).abs().mean() > 1e-3
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_what_does_not_fit_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="either a model or a pretrained one, got both"):
+        replace(run, model=ModelConfig.preset("tiny"))
+    with pytest.raises(ValueError, match="got neither"):
+        replace(run, pretrained=None)
+    with pytest.raises(CheckpointError, match="no model directory nowhere"):
+        train(replace(run, pretrained=replace(run.pretrained, path="nowhere")), tmp_path / "run")
+    small = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+    )  # fmt: skip
+    small.save_pretrained(tmp_path / "small")
+    path = str(tmp_path / "small")
+    with pytest.raises(ValueError, match="at most the 30 tokens of"):
+        train(replace(run, pretrained=replace(run.pretrained, path=path)), tmp_path / "run")
