@@ -31,6 +31,7 @@ from byheart.training.task_config import TaskRunConfig
 
 if TYPE_CHECKING:
     from byheart.training.callbacks import TrainEvent
+    from byheart.training.run import TrainResult
 
 ConfigT = TypeVar("ConfigT", RunConfig, TaskRunConfig)
 
@@ -100,12 +101,16 @@ def train(
     if as_json:
         print_json({**to_dict_of_result(result), "run_dir": str(directory)})
     else:
-        err_console.print(
-            f"Trained {result.num_parameters:,} parameters for {result.steps:,} steps: loss "
-            f"{result.loss:.4f} nats per token. The run is in {directory}.",
-            highlight=False,
-        )
-        err_console.print(f"Evaluate it: byheart evaluate {directory}", highlight=False)
+        _show_result(result, directory)
+
+
+def _show_result(result: "TrainResult", directory: Path) -> None:
+    err_console.print(
+        f"Trained {result.num_parameters:,} parameters for {result.steps:,} steps: loss "
+        f"{result.loss:.4f} nats per token. The run is in {directory}.",
+        highlight=False,
+    )
+    err_console.print(f"Evaluate it: byheart evaluate {directory}", highlight=False)
 
 
 def find_recipe(name: str) -> RunConfig | TaskRunConfig:
