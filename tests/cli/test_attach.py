@@ -108,3 +108,21 @@ def test_what_does_not_fit_is_refused(command, model, tmp_path, arguments, code,
     got, _, err = command("train", *arguments, "--out", tmp_path / "run")
     assert got == code
     assert places.get(message, message) in err
+
+
+def test_the_doctor(command, model):
+    code, out, err = command("doctor", model, "--layers", "2", "--memory-size", "1K")
+    assert code == 0, err
+    assert "can have this memory" in out
+    assert "Memory in model.layers.2.self_attn: 0.1 MiB per row" in out
+    code, out, _ = command("doctor", model, "--layers", "9", "--json")
+    assert code == 1
+    assert json.loads(out)["is_supported"] is False
+    for arguments, message in (
+        (["--layers", "x"], "must be numbers"),
+        (["--memory-size", "1,2"], "must be one size"),
+        (["--set", "gate=wide"], "gate"),
+    ):
+        code, _, err = command("doctor", model, *arguments)
+        assert code == 2
+        assert message in err

@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 import byheart
-from byheart.cli import data, evaluate, flops, generate, reproduce, task, tokenizer, train
+from byheart.cli import (
+    data,
+    doctor,
+    evaluate,
+    flops,
+    generate,
+    reproduce,
+    task,
+    tokenizer,
+    train,
+)
 from byheart.cli.common import err_console
 from byheart.errors import ByheartError
 
@@ -16,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Long memory for transformers: kNN memory, XL cache and recurrent memory.",
 )
-for module in (train, evaluate, task, generate, tokenizer, data, flops, reproduce):
+for module in (train, evaluate, task, generate, tokenizer, data, doctor, flops, reproduce):
     module.register(app)
 
 

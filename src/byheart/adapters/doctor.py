@@ -1,0 +1,148 @@
+"""Say whether a model can have a memory, and what it would cost, before its weights are there."""
+
+import copy
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from byheart.adapters.attach_checks import require_possible
+from byheart.adapters.attach_config import AttachConfig
+from byheart.adapters.attention_hook import hook_of
+from byheart.adapters.attention_layers import find_attentions
+from byheart.adapters.memory_model import MemoryModel
+from byheart.errors import CheckpointError
+
+# a trial model of more parameters has them in bfloat16
+_WIDE_PARAMETERS = 200_000_000
+# tokens that a trial model knows: it reads five
+_TRIAL_VOCABULARY = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diagnosis:
+    """What is known of a model from its config alone."""
+
+    model_type: str
+    """The family."""
+    reason: str | None
+    """Why it cannot have this memory; `None` if it can."""
+    layers: tuple[str, ...] = ()
+    """Names of its attention modules."""
+    rotations: tuple[str, ...] = ()
+    """How each kind of layer, in the order of the first layers, rotates its keys."""
+    memory_layers: tuple[str, ...] = ()
+    """Names of those that would read the memory."""
+    num_parameters: int = 0
+    """Parameters of the model."""
+    memory_bytes: int = 0
+    """Size of the kNN memory of a row, full."""
+    xl_cache_bytes: int = 0
+    """Size of the XL cache of a row."""
+    search_share: float = 0.0
+    """Arithmetic of the exact search of a full memory, as a share of that of the model's weights
+    (all of them, also experts that a token does not meet)."""
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether the model can have this memory."""
+        return self.reason is None
+
+
+def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
+    """Find out whether a model can have a memory.
+
+    The model is built without weights to look at its layers, and its first layers are built with
+    random weights of their real size for the trial that `attach` makes.
+
+    Args:
+        source: Folder with the model's config.json, or its name on the Hugging Face hub, from which
+            nothing but the config is fetched.
+        config: The memory.
+
+    Returns:
+        What was found.
+
+    Raises:
+        CheckpointError: If there is no such config.
+    """
+    try:
+        model_config = AutoConfig.from_pretrained(os.fspath(source))
+    except (OSError, ValueError) as error:
+        msg = f"{os.fspath(source)} cannot be read as a Hugging Face model: {error}"
+        raise CheckpointError(msg) from error
+    family = str(model_config.model_type)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+        names = [name for name, _ in find_attentions(model)]
+        require_possible(model, config)
+        num_parameters = sum(weight.numel() for weight in model.parameters())
+        trial = _trial_model(model_config)
+        rotations = _rotations(trial, config)
+    except ValueError as error:
+        return Diagnosis(model_type=family, reason=str(error))
+    config = config.resolve(len(names))
+    layers = () if config.knn is None else config.knn.layers
+    first = trial.layers
+    width = first.num_kv_heads * first.head_dim
+    size = 0 if config.knn is None else config.knn.memory_size
+    entry_bytes = 0 if config.knn is None else config.knn.torch_dtype.itemsize
+    embedding = model.get_input_embeddings().weight.numel()
+    search = 2 * size * first.num_heads * first.head_dim * len(layers)
+    dtype = getattr(model_config, "dtype", None) or torch.float32
+    return Diagnosis(
+        model_type=family,
+        reason=None,
+        layers=tuple(names),
+        rotations=rotations,
+        memory_layers=tuple(names[layer] for layer in layers),
+        num_parameters=num_parameters,
+        memory_bytes=2 * size * width * entry_bytes * len(layers),
+        xl_cache_bytes=2 * config.xl_cache_length * width * dtype.itemsize * len(names),
+        search_share=search / (2 * max(num_parameters - embedding, 1)),
+    )
+
+
+def _trial_model(model_config: Any) -> MemoryModel:
+    """Build the first layers, one of each kind at least, with a small memory.
+
+    Returns:
+        The model with memory.
+    """
+    config = copy.deepcopy(model_config)
+    kinds = getattr(config, "layer_types", None)
+    count = min(2, config.num_hidden_layers)
+    if kinds:
+        count = max(count, *(kinds.index(kind) + 1 for kind in set(kinds)))
+        config.layer_types = kinds[:count]
+    config.num_hidden_layers = count
+    config.vocab_size = _TRIAL_VOCABULARY
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    with torch.device("meta"):
+        numbers = sum(w.numel() for w in AutoModelForCausalLM.from_config(config).parameters())
+    dtype = torch.bfloat16 if numbers > _WIDE_PARAMETERS else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return MemoryModel(model, AttachConfig(segment_length=8))
+
+
+def _rotations(trial: MemoryModel, config: AttachConfig) -> tuple[str, ...]:
+    """Describe how the layers of a trial model rotate, and try the options on it.
+
+    Returns:
+        A word for each layer.
+    """
+    words = []
+    for module in trial.layers.modules:
+        hook = hook_of(module)
+        rotation = None if hook is None else hook.rotation
+        if rotation is None:
+            words.append("none")
+        else:
+            part = rotation.width
+            words.append("whole" if part is None else f"first {part} of {trial.layers.head_dim}")
+    knn = config.knn and replace(config.knn, layers=(0,), memory_size=max(8, config.knn.top_k))
+    MemoryModel(trial.detach(), replace(config, knn=knn)).detach()
+    return tuple(words)

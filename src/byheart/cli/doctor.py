@@ -1,0 +1,93 @@
+"""`byheart doctor`."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from byheart.cli.common import parse_sizes, print_json
+from byheart.config import apply_overrides, from_dict
+
+if TYPE_CHECKING:
+    from byheart.adapters.doctor import Diagnosis
+
+_OverridesOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change an option of attach: memory_position=local. Repeatable."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("doctor")(doctor)
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(help="Folder with a config.json, or name on the hub.")],
+    *,
+    layers: Annotated[
+        str, typer.Option(help="Layers with the memory, from 0, or from the end: -1 is the last.")
+    ] = "-4",
+    memory_size: Annotated[str, typer.Option(help="Entries: 8192 or 64K; 0 for none.")] = "64K",
+    segment: Annotated[int, typer.Option(min=1, help="Tokens of a segment.")] = 512,
+    xl_cache: Annotated[int, typer.Option(min=0, help="Tokens of the XL cache.")] = 0,
+    overrides: _OverridesOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Say whether a model can have a memory, and what it would cost, without its weights."""
+    # brings transformers, which --help need not wait for
+    from byheart.adapters.attach_config import AttachConfig
+    from byheart.adapters.doctor import diagnose
+
+    size = _size(memory_size)
+    knn = {"layers": _numbers(layers), "memory_size": size, "top_k": min(32, size)}
+    options = {"segment_length": segment, "xl_cache_length": xl_cache}
+    try:
+        config = from_dict(AttachConfig, {**options, "knn": knn if size else None})
+        config = apply_overrides(config, overrides or [])
+    except (ValueError, TypeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    diagnosis = diagnose(model, config)
+    if as_json:
+        print_json({"is_supported": diagnosis.is_supported, **asdict(diagnosis)})
+    else:
+        print(_text(model, diagnosis))
+    if not diagnosis.is_supported:
+        raise typer.Exit(1)
+
+
+def _size(text: str) -> int:
+    try:
+        (size,) = parse_sizes(text)
+    except ValueError as error:
+        msg = f"--memory-size must be one size such as 8192 or 64K, got {text!r}."
+        raise typer.BadParameter(msg) from error
+    return size
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        msg = f"--layers must be numbers such as 8 or 4,8, got {text!r}."
+        raise typer.BadParameter(msg) from error
+
+
+def _text(model: str, diagnosis: "Diagnosis") -> str:
+    if diagnosis.reason is not None:
+        return f"{model} ({diagnosis.model_type}) cannot have this memory. {diagnosis.reason}"
+    rotations = ", ".join(dict.fromkeys(diagnosis.rotations))
+    lines = [
+        f"{model} ({diagnosis.model_type}) can have this memory.",
+        f"Parameters: {diagnosis.num_parameters:,}, in {len(diagnosis.layers)} layers; "
+        f"rotation of keys: {rotations}.",
+    ]
+    if diagnosis.memory_layers:
+        lines.append(
+            f"Memory in {', '.join(diagnosis.memory_layers)}: "
+            f"{diagnosis.memory_bytes / 2**20:,.1f} MiB per row when full; its exact search "
+            f"is {diagnosis.search_share:.1%} of the arithmetic of the model's weights."
+        )
+    if diagnosis.xl_cache_bytes:
+        lines.append(f"XL cache: {diagnosis.xl_cache_bytes / 2**20:,.1f} MiB per row.")
+    return "\n".join(lines)

@@ -1,0 +1,66 @@
+"""The doctor says of a config what attach says of the model."""
+
+import pytest
+
+from byheart import KnnMemoryConfig
+from byheart.adapters.attach import attach
+from byheart.adapters.attach_config import AttachConfig
+from byheart.adapters.doctor import diagnose
+from byheart.errors import CheckpointError
+
+KNN = KnnMemoryConfig(layers=(-1,), memory_size=1000, top_k=5, dtype="bfloat16")
+
+
+def test_it_says_what_attach_finds(attachable, tmp_path):
+    model = attachable.build()
+    model.config.save_pretrained(tmp_path)
+    config = AttachConfig(knn=KNN, segment_length=7, xl_cache_length=7)
+    found = diagnose(tmp_path, config)
+    memory_model = attach(model, knn=KNN, segment_length=7, xl_cache_length=7)
+    assert found.is_supported
+    assert found.layers == memory_model.layers.names
+    assert found.memory_layers == memory_model.layers.names[-1:]
+    memory = sum(weight.numel() for weight in memory_model.memory_parameters())
+    total = sum(weight.numel() for weight in memory_model.parameters())
+    assert found.num_parameters == total - memory
+    state = memory_model.new_state(1)
+    store = state.stores[1]
+    assert found.memory_bytes == store.keys.nbytes + store.values.nbytes
+    assert found.xl_cache_bytes == sum(side.nbytes for layer in state.xl_cache for side in layer)
+    expected = "none" if attachable.name in ("gpt2", "opt") else "whole"
+    if attachable.name == "phi":
+        expected = "first 2 of 4"
+    if attachable.name not in ("smollm3", "cohere2"):
+        assert set(found.rotations) == {expected}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("bloom", {}, "does not do so"),
+        ("bert", {}, "must be a causal language model"),
+        ("gpt2", {"memory_position": "local"}, "rotary positions, which gpt2"),
+        ("gemma2", {"knn": KnnMemoryConfig(layers=(0,), combine="joint")}, "caps them"),
+        ("llama", {"knn": KnnMemoryConfig(layers=(2,))}, "knn.layers must be between 0 and 1"),
+        ("llama", {"segment_length": 65}, "must fit into the model's 64 positions"),
+    ],
+)
+def test_it_says_why_not(name, options, reason, tiny_model, tmp_path):
+    tiny_model(name).config.save_pretrained(tmp_path)
+    found = diagnose(tmp_path, AttachConfig(**{"knn": KNN, "segment_length": 7, **options}))
+    assert not found.is_supported
+    assert reason in found.reason
+
+
+def test_the_share_of_the_search_is_that_of_its_products(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    model.config.save_pretrained(tmp_path)
+    found = diagnose(tmp_path, AttachConfig(knn=KNN, segment_length=7))
+    heads, head_dim = 4, 4
+    others = model.num_parameters() - model.model.embed_tokens.weight.numel()
+    assert found.search_share == pytest.approx(2 * 1000 * heads * head_dim / (2 * others))
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read as a Hugging Face model"):
+        diagnose(tmp_path, AttachConfig(knn=KNN))
