@@ -21,6 +21,9 @@ NAME = "byheart"
 VIEW, ANGLES = "byheart_view", "byheart_angles"
 """Arguments that carry what a pass reads, and the angles of its tokens."""
 
+# what models call the angles of their tokens
+_ANGLES = "position_embeddings"
+
 AttentionResult: TypeAlias = tuple[Tensor, Tensor | None]
 """Output `[batch, token, heads, head_dim]`, and weights if the model's attention returns them."""
 
@@ -35,6 +38,8 @@ class Hook:
     """Name of its attention module."""
     config: Any
     """The config that the layer had."""
+    angles_argument: int | None
+    """Place of the angles among the positional arguments of the layer, if it takes them."""
     rotation: Rotation | None = None
     """How it rotates; `None` if it does not."""
 
@@ -129,7 +134,9 @@ def install(module: nn.Module, index: int, name: str) -> Hook:
     Returns:
         What is known of the layer.
     """
-    hook = Hook(index, name, module.config)
+    parameters = list(inspect.signature(module.forward).parameters)
+    argument = parameters.index(_ANGLES) if _ANGLES in parameters else None
+    hook = Hook(index, name, module.config, argument)
     config = copy.copy(hook.config)
     config._attn_implementation_internal = NAME
     config.byheart_hook = hook
@@ -173,8 +180,8 @@ def _pass_angles_on(
     """
     if kwargs.get(VIEW) is None:
         return None
-    angles = kwargs.get("position_embeddings")
-    if angles is None and args:
-        given = inspect.signature(module.forward).bind_partial(*args).arguments
-        angles = given.get("position_embeddings")
+    hook, angles = hook_of(module), kwargs.get(_ANGLES)
+    place = None if hook is None else hook.angles_argument
+    if angles is None and place is not None and len(args) > place:
+        angles = args[place]
     return args, {**kwargs, ANGLES: angles}

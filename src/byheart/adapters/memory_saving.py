@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from byheart.adapters.attach_config import AttachConfig
+from byheart.adapters.attached_memory import AttachedMemory
 from byheart.adapters.loading import load_transformer
 from byheart.adapters.memory_model import MemoryModel
 from byheart.adapters.memory_view import MEMORY
@@ -147,6 +148,9 @@ def base_fingerprint(memory_model: MemoryModel) -> str:
 
 
 def _added_weights(memory_model: MemoryModel) -> dict[str, Tensor]:
+    if not all(isinstance(memory, AttachedMemory) for memory in memory_model.memories().values()):
+        msg = "PEFT holds the weights of the memory. Save it with PEFT's save_pretrained."
+        raise ValueError(msg)
     return {
         f"{layer}.{name}": tensor.detach().cpu().contiguous()
         for layer, memory in memory_model.memories().items()

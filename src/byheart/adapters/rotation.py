@@ -17,7 +17,8 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _COARSE = 5e-2
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+# not frozen: torch.compile takes frozen dataclasses for values and hashes their fields
+@dataclass(kw_only=True, eq=False)
 class RotarySource:
     """A rotary embedding of a model, and how the model calls it for some of its layers."""
 

@@ -1,0 +1,56 @@
+"""A model with memory, compiled and not, in a process without the checks of the tests.
+
+Those checks wrap every function with annotations, which compilers cannot see through.
+"""
+
+import sys
+
+import torch
+import transformers
+
+from byheart import KnnMemoryConfig, attach
+
+SEGMENT = 7
+FAMILIES = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM"),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel"),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+}
+
+
+def make(family, cache):
+    torch.manual_seed(0)
+    config, model = (getattr(transformers, name) for name in FAMILIES[family])
+    widths = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if family != "gpt2":
+        widths |= {"intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 8}
+    knn = KnnMemoryConfig(layers=(1,), memory_size=17, top_k=5, age_slope=0.5)
+    return attach(
+        model(config(vocab_size=43, max_position_embeddings=64, **widths)).eval(),
+        knn=knn, segment_length=SEGMENT, xl_cache_length=cache, gate_init=0.5,
+    )  # fmt: skip
+
+
+def learn(memory_model):
+    ids = torch.randint(0, 43, (2, 4 * SEGMENT), generator=torch.Generator().manual_seed(1))
+    state, logits = memory_model.new_state(2), []
+    for segment in ids.split(SEGMENT, dim=1):
+        out = memory_model(segment, labels=segment, state=state)
+        out.loss.backward()
+        state = state.commit(out.new_entries)
+        logits.append(out.logits.detach())
+    return [torch.cat(logits, 1), *(weight.grad for weight in memory_model.parameters())]
+
+
+def main() -> None:
+    family, cache = sys.argv[1], int(sys.argv[2])
+    expected = learn(make(family, cache))
+    memory_model = make(family, cache)
+    model = memory_model.model
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    for mine, theirs in zip(learn(memory_model), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+
+
+if __name__ == "__main__":
+    main()

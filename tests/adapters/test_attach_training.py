@@ -1,0 +1,102 @@
+"""Ways to train a model with memory: compiled, with LoRA, in several processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from byheart import KnnMemoryConfig, read_tokens
+from byheart.adapters.attach import attach
+
+SEGMENT = 7
+HERE = Path(__file__).parent
+
+
+def make(model, **options):
+    knn = KnnMemoryConfig(layers=(1,), memory_size=17, top_k=5, age_slope=0.5)
+    return attach(model, knn=knn, segment_length=SEGMENT, **options)
+
+
+def learn(memory_model, ids):
+    state, logits = memory_model.new_state(len(ids)), []
+    for segment in ids.split(SEGMENT, dim=1):
+        out = memory_model(segment, labels=segment, state=state)
+        out.loss.backward()
+        state = state.commit(out.new_entries)
+        logits.append(out.logits.detach())
+    return torch.cat(logits, 1), [weight.grad for weight in memory_model.parameters()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "cache"), [("llama", 7), ("gpt2", 0), ("gemma3", 7)])
+def test_compiled_without_a_break_it_computes_the_same(name, cache):
+    command = [sys.executable, str(HERE / "attached_compiled.py"), name, str(cache)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+# PEFT 0.21 asks transformers 5.23 by the older of two names
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_learns_and_keeps_the_memory_along(tiny_model, draw, tmp_path):
+    memory_model = make(tiny_model("llama"), xl_cache_length=SEGMENT)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["byheart_memory"]
+    )
+    adapted = peft.get_peft_model(memory_model.model, config)
+    before = {name: weight.clone() for name, weight in memory_model.named_parameters()}
+    learning = [weight for weight in memory_model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(learning, lr=1.0)
+    ids = draw(2, 28)
+    learn(memory_model, ids)
+    optimizer.step()
+    changed = {
+        name.rpartition(".")[2] if "lora" not in name else "lora"
+        for name, weight in memory_model.named_parameters()
+        if not torch.equal(weight, before[name])
+    }
+    assert changed == {"lora", "gate_bias"}  # with closed gates the scale has no gradient yet
+    expected = read_tokens(memory_model, ids, memory_model.new_state(2), return_logits=True)
+    adapted.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum("byheart_memory" in name for name in saved) == 2
+    again = make(tiny_model("llama"), xl_cache_length=SEGMENT)
+    peft.PeftModel.from_pretrained(again.model, tmp_path)
+    read = read_tokens(again, ids, again.new_state(2), return_logits=True)
+    assert torch.equal(read.logits, expected.logits)
+    with pytest.raises(ValueError, match=r"Save it with PEFT's save_pretrained"):
+        memory_model.save_pretrained(tmp_path / "memory")
+
+
+@pytest.mark.slow
+def test_two_processes_keep_their_memories_apart(tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
+        str(HERE / "attached_processes.py"), str(tmp_path),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    sys.path.insert(0, str(HERE))
+    import attached_processes as script
+
+    sys.path.remove(str(HERE))
+    memory_model = script.make_model()
+    optimizer = torch.optim.SGD(memory_model.parameters(), lr=0.1)
+    states = [memory_model.new_state(2) for _ in range(2)]
+    for segments in zip(script.segments_of(0), script.segments_of(1), strict=True):
+        for rank, segment in enumerate(segments):
+            out = memory_model(segment, labels=segment, state=states[rank])
+            (out.loss / 2).backward()
+            states[rank] = states[rank].commit(out.new_entries)
+        optimizer.step()
+        optimizer.zero_grad()
+    for rank in range(2):
+        saved = load_file(tmp_path / f"{rank}.safetensors")
+        for name, weight in memory_model.named_parameters():
+            torch.testing.assert_close(saved[f"weight.{name}"], weight, atol=1e-6, rtol=1e-5)
+        for name, tensor in states[rank].stores[1].state_dict().items():
+            torch.testing.assert_close(saved[name], tensor, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(states[0].stores[1].keys, states[1].stores[1].keys)
