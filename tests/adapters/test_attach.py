@@ -1,9 +1,13 @@
 """Memory on pretrained decoders: the model is what it was until a gate opens."""
 
 import copy
+import math
 
 import pytest
 import torch
+import transformers
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from byheart import KnnMemoryConfig, read_tokens
 from byheart.adapters.attach import attach
@@ -39,7 +43,11 @@ def test_closed_gates_leave_the_model_as_it_was(attachable, implementation, padd
             start = torch.tensor([False, True, True])
         with torch.no_grad():
             out = memory_model(ids, attention_mask=mask, state=state, document_start=start)
-            expected = before(ids, attention_mask=mask).logits
+            places = {}
+            if attachable.name in ("gpt2", "opt") and padding == "left":
+                # what they count by themselves, or where padding stands, is another matter
+                places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+            expected = before(ids, attention_mask=mask, **places).logits
         assert torch.equal(out.logits, expected)
         state = state.commit(out.new_entries)
     assert state.stores[1].num_written.tolist()[0] == 4 * SEGMENT
@@ -187,3 +195,103 @@ def test_closed_gates_have_a_gradient(gate, combine, tiny_model, draw):
     assert (memory.gate_bias.grad != 0).all()
     if combine == "content_gate":
         assert (memory.gate_weight.grad != 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"memory_position": "local"}, {"xl_cache_length": 7}])
+def test_padding_on_the_left_is_as_good_as_on_the_right(attachable, options, draw):
+    model = attachable.build()
+    if "memory_position" in options and attachable.name in ("gpt2", "opt"):
+        pytest.skip("has no rotary positions")
+    memory_model = opened(model, **options)
+    ids, other = draw(2, SEGMENT), draw(2, SEGMENT, seed=5)
+    read = read_tokens(memory_model, other, memory_model.new_state(2)).state
+    states = [read.fork(), read.fork()]
+    lengths = torch.tensor([4, 6])
+    for _ in range(2):
+        left = torch.zeros_like(ids)
+        for row, length in enumerate(lengths.tolist()):
+            left[row, SEGMENT - length :] = ids[row, :length]
+        mask = torch.arange(SEGMENT) >= SEGMENT - lengths[:, None]
+        mine = memory_model(left, attention_mask=mask, state=states[0])
+        theirs = memory_model(ids, num_tokens=lengths, state=states[1])
+        for row, length in enumerate(lengths.tolist()):
+            torch.testing.assert_close(
+                mine.logits[row, SEGMENT - length :], theirs.logits[row, :length],
+                atol=2e-5, rtol=1e-5,
+            )  # fmt: skip
+        states = [
+            state.commit(out.new_entries) for state, out in zip(states, (mine, theirs), strict=True)
+        ]
+        lengths = SEGMENT - lengths  # the rest of the segment: 3 and 1
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "window"),
+    [
+        ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {"layer_types": ["sliding_attention"] * 2}),
+        ("PhimoeConfig", "PhimoeForCausalLM", {}),
+    ],
+)
+def test_windows_that_are_in_the_mask_alone_reach_into_the_past(config, model, window, draw):
+    torch.manual_seed(0)
+    settings = getattr(transformers, config)(
+        vocab_size=43, hidden_size=16, intermediate_size=24, moe_intermediate_size=8,
+        shared_expert_intermediate_size=8, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=4, num_local_experts=4, num_experts_per_tok=2,
+        sliding_window=8, use_sliding_window=True, **window,
+    )  # fmt: skip
+    model = getattr(transformers, model)(settings).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4) if weight.ndim > 1 else None
+    ids = draw(2, 2 * SEGMENT)
+    expected = model(ids).logits
+    memory_model = opened(model, memory=False, xl_cache_length=SEGMENT)
+    read = read_tokens(memory_model, ids, memory_model.new_state(2), return_logits=True)
+    torch.testing.assert_close(read.logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_dtype_may_change_after_attaching(dtype, tiny_model, draw):
+    memory_model = opened(tiny_model("llama"), xl_cache_length=SEGMENT).to(dtype)
+    direct = opened(tiny_model("llama").to(dtype), xl_cache_length=SEGMENT)
+    for mine, theirs in zip(
+        memory_model.memory_parameters(), direct.memory_parameters(), strict=True
+    ):
+        mine.data = theirs.data
+    ids = draw(1, 20)
+    mine, theirs = (
+        read_tokens(m, ids, m.new_state(1), return_logits=True) for m in (memory_model, direct)
+    )
+    assert torch.equal(mine.logits, theirs.logits)
+
+
+def test_yarn_and_memory_have_scores_of_one_size(tiny_model, draw):
+    rope = {
+        "rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0,
+        "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    memory_model = attach(
+        tiny_model("llama", rope_parameters=rope), knn=knn(), segment_length=SEGMENT
+    )
+    (memory,) = memory_model.memories().values()
+    stretch = 0.1 * math.log(4) + 1
+    torch.testing.assert_close(memory.log_scale.exp(), torch.full((4,), 0.5 * stretch**2))
+
+
+def test_another_attention_of_the_model_is_used_for_whole_segments(tiny_model, draw):
+    # a name that makes no mask of columns, as flash and flex attention have none
+    name = "sdpa_by_another_name"
+    ALL_ATTENTION_FUNCTIONS.register(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, lambda **_: None)
+    model = tiny_model("llama", attn_implementation=name)
+    ids = draw(2, SEGMENT)
+    expected = model(ids).logits
+    memory_model = attach(model, knn=knn(), segment_length=SEGMENT)
+    state = memory_model.new_state(2)
+    for _ in range(2):
+        out = memory_model(ids, state=state)
+        assert torch.equal(out.logits, expected)
+        state = state.commit(out.new_entries)
+    with pytest.raises(ValueError, match="needs the attention 'sdpa' or 'eager', got 'sdpa_by"):
+        read_tokens(memory_model, draw(2, 4), read_tokens(memory_model, ids[:, :3], state).state)

@@ -18,6 +18,7 @@ def knn(layers=(1,), **changes):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("llama", {"knn": None, "layers": ("x",)}, "layers are for a kNN memory"),
         ("llama", {"knn": knn((2,))}, r"knn.layers must be between 0 and 1.*got 2"),
         ("llama", {"knn": knn((-3,))}, r"or count from the end between -2 and -1, got -3"),
         ("llama", {"knn": knn(), "layers": ("model.layers.0",)}, r"such as 'model.layers.1.self_"),
@@ -148,10 +149,79 @@ def test_arguments_that_do_not_go_together_are_refused(tiny_model, draw):
     with pytest.raises(ValueError, match=r"row 0 has room for 7, got 9"):
         memory_model(draw(1, 9))
     with pytest.raises(ValueError, match="at least one prompt token"):
-        memory_model.generate(ids, attention_mask=torch.tensor([[0] * 5, [1] * 5]))
+        memory_model.generate(
+            ids, attention_mask=torch.tensor([[0] * 5, [1] * 5]), max_new_tokens=1
+        )
 
 
 def test_an_xl_cache_needs_an_attention_with_a_plain_mask(tiny_model):
     model = tiny_model("llama", attn_implementation="flex_attention")
     with pytest.raises(ValueError, match="needs the attention 'sdpa' or 'eager', got 'flex_att"):
         attach(model, segment_length=SEGMENT, xl_cache_length=SEGMENT)
+
+
+def test_a_model_that_fails_in_the_trial_is_left_as_it_was(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    before = list(model.state_dict())
+    head = model.lm_head.forward
+
+    def forward(hidden):
+        if hidden.shape[1] < 5:
+            msg = "sizes do not match"
+            raise RuntimeError(msg)
+        return head(hidden)
+
+    monkeypatch.setattr(model.lm_head, "forward", forward)
+    with pytest.raises(ValueError, match="llama failed in a trial: sizes do not match"):
+        attach(model, knn=knn(), segment_length=SEGMENT)
+    assert list(model.state_dict()) == before
+    monkeypatch.undo()
+    attach(model, knn=knn(), segment_length=SEGMENT)
+
+
+def test_an_old_memory_does_not_take_off_a_new_one(tiny_model):
+    model = tiny_model("llama")
+    old = attach(model, knn=knn(), segment_length=SEGMENT)
+    old.detach()
+    new = attach(model, knn=knn(), segment_length=SEGMENT)
+    old.detach()
+    assert list(new.memories()) == [1]
+
+
+def test_angles_that_change_with_the_length_are_refused(tiny_model, draw):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    model = tiny_model("llama", rope_parameters=rope, max_position_embeddings=16)
+    with pytest.raises(ValueError, match=r"change with the length of a text beyond 16 tokens"):
+        attach(model, knn=knn(), segment_length=17)
+    memory_model = attach(model, knn=knn(), segment_length=SEGMENT)
+    memory_model.generate(draw(1, 30), max_new_tokens=14)
+    with pytest.raises(ValueError, match=r"must fit into the 16 positions of llama, got up to 17"):
+        memory_model.generate(draw(1, 30), max_new_tokens=15)
+
+
+def test_joint_softmax_and_dropout_are_refused(tiny_model, draw):
+    model = tiny_model("gpt2", attn_pdrop=0.5)
+    memory_model = attach(model, knn=knn(combine="joint"), segment_length=SEGMENT)
+    memory_model(draw(1, 3))
+    with pytest.raises(ValueError, match=r"attention without dropout, got 0\.5"):
+        memory_model.train()(draw(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "max_new_tokens must be given"),
+        ({"max_length": 40}, "max_new_tokens must be given"),
+        ({"max_new_tokens": 3, "repetition_penalty": 2.0}, "repetition_penalty looks at the whole"),
+        ({"max_new_tokens": 3, "min_length": 30}, "min_length looks at the whole prompt"),
+        ({"max_new_tokens": 3, "bogus": 1}, "bogus"),
+        ({"max_new_tokens": 90}, "must fit into the 64 positions of gpt2, got up to 92"),
+    ],
+)
+def test_options_of_generate_that_do_not_fit_leave_the_state(options, message, tiny_model, draw):
+    memory_model = attach(tiny_model("gpt2"), knn=knn(), segment_length=SEGMENT)
+    state = read_tokens(memory_model, draw(1, 9), memory_model.new_state(1)).state
+    with pytest.raises(ValueError, match=message):
+        memory_model.generate(draw(1, 21), state=state, **options)
+    memory_model.generate(draw(1, 21), state=state, max_new_tokens=3)
+    memory_model(draw(1, 3), state=state)

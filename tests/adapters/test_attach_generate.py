@@ -33,7 +33,9 @@ def recomputed(memory_model, ids, steps):
 
     for _ in range(steps):
         rest = ids[:, complete:]
-        context = MemoryContext.of(state, memory_model.layers, memory_model.memory_config)
+        context = MemoryContext.of(
+            state, memory_model.layers, memory_model.memory_config, torch.float32
+        )
         view, positions = context.view(torch.arange(rest.shape[1])[None], stages=False)
         extra = {} if positions is None else {"position_ids": positions}
         logits = memory_model.model(rest, use_cache=False, **extra, **{VIEW: view}).logits

@@ -95,3 +95,14 @@ def test_weights_that_do_not_fit_are_refused_and_the_model_is_left_alone(tiny_mo
     with pytest.raises(CheckpointError, match="does not fit its config"):
         MemoryModel.from_pretrained(model, tmp_path / "saved")
     assert not any("byheart" in name for name in model.state_dict())
+
+
+def test_a_model_that_has_learned_is_saved_along(tiny_model, draw, tmp_path):
+    memory_model = opened(tiny_model("llama"))
+    memory_model.save_pretrained(tmp_path / "memory")
+    assert not (tmp_path / "memory" / "model").exists()
+    with torch.no_grad():
+        memory_model.model.lm_head.weight.add_(0.1)
+    memory_model.save_pretrained(tmp_path / "both")
+    loaded = MemoryModel.from_pretrained(None, tmp_path / "both")
+    assert torch.equal(logits_after(loaded, draw(1, 9)), logits_after(memory_model, draw(1, 9)))

@@ -30,8 +30,14 @@ def test_it_says_what_attach_finds(attachable, tmp_path):
     expected = "none" if attachable.name in ("gpt2", "opt") else "whole"
     if attachable.name == "phi":
         expected = "first 2 of 4"
-    if attachable.name not in ("smollm3", "cohere2"):
+    if attachable.name != "cohere2":
         assert set(found.rotations) == {expected}
+
+
+def test_it_looks_at_a_layer_of_each_kind(tiny_model, tmp_path):
+    tiny_model("smollm3", num_hidden_layers=5).config.save_pretrained(tmp_path)
+    found = diagnose(tmp_path, AttachConfig(knn=KNN, segment_length=7))
+    assert found.rotations == ("whole", "whole", "whole", "none")
 
 
 @pytest.mark.parametrize(

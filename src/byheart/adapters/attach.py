@@ -39,6 +39,9 @@ def attach(
     Raises:
         ValueError: If the model cannot use this memory. It is not changed then.
     """
+    if layers is not None and knn is None:
+        msg = "layers are for a kNN memory, got knn=None. Pass knn, or leave layers out."
+        raise ValueError(msg)
     if layers is not None and knn is not None:
         names = [name for name, _ in find_attentions(model)]
         unknown = [name for name in layers if name not in names]

@@ -14,6 +14,9 @@ from byheart.adapters.attention_layers import AttentionLayers, find_attentions
 from byheart.adapters.families import max_positions
 from byheart.models.eval_mode import eval_mode
 
+PLAIN = ("sdpa", "eager")
+"""Attentions whose mask is a tensor with a column for each token."""
+
 # tokens of the trial of the law of pieces, and what rounding may do to it, in bfloat16, too
 _TRIAL_TOKENS = 5
 _TRIAL_TOLERANCE = 0.1
@@ -50,10 +53,18 @@ def require_possible(model: PreTrainedModel, config: AttachConfig) -> None:
         )
         raise ValueError(msg)
     implementation = model.config._attn_implementation
-    if config.xl_cache_length and implementation not in ("sdpa", "eager"):
+    if config.xl_cache_length and implementation not in PLAIN:
         msg = (
             f"An XL cache needs the attention 'sdpa' or 'eager', got {implementation!r}. Use "
             "model.set_attn_implementation('sdpa')."
+        )
+        raise ValueError(msg)
+    reach = rotation_limit(model)
+    if reach is not None and config.segment_length > reach:
+        msg = (
+            f"The angles of {model.config.model_type} change with the length of a text beyond "
+            f"{reach} tokens, got segment_length={config.segment_length}. Set it to at most "
+            f"{reach}."
         )
         raise ValueError(msg)
     limit = max_positions(model)
@@ -65,6 +76,27 @@ def require_possible(model: PreTrainedModel, config: AttachConfig) -> None:
             f"{max(limit - config.xl_cache_length, 1)}."
         )
         raise ValueError(msg)
+
+
+def rotation_limit(model: PreTrainedModel) -> int | None:
+    """Return the length beyond which a text changes the angles of all its tokens.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Tokens; `None` if angles depend on positions alone.
+    """
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    limits = []
+    for rope in nested or [parameters]:
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            names = "original_max_position_embeddings", "max_position_embeddings"
+            known = [rope.get(names[0]), *(getattr(config, name, None) for name in names)]
+            limits.append(next(int(limit) for limit in known if limit))
+    return min(limits, default=None)
 
 
 def require_fits(model: PreTrainedModel, config: AttachConfig, layers: AttentionLayers) -> None:
@@ -109,20 +141,26 @@ def require_same_in_pieces(model: PreTrainedModel, memory_model: Any) -> None:
     length = min(_TRIAL_TOKENS, memory_model.memory_config.segment_length)
     device = model.get_input_embeddings().weight.device
     ids = (torch.arange(1, 1 + length, device=device) % memory_model.vocab_size)[None]
-    with eval_mode(memory_model), torch.no_grad():
-        whole = model(input_ids=ids, use_cache=False).logits
-        state, parts = memory_model.new_state(1), []
-        for piece in ids.split(2, dim=1):
-            out = memory_model(piece, state=state)
-            state = state.commit(out.new_entries)
-            parts.append(out.logits)
-    error = float((torch.cat(parts, dim=1).float() - whole.float()).abs().max())
-    size = float(whole.float().abs().max())
+    # other attentions take no mask that a past could be put in front of: whole segments only
+    size = 2 if model.config._attn_implementation in PLAIN else length
+    try:
+        with eval_mode(memory_model), torch.no_grad():
+            whole = model(input_ids=ids, use_cache=False).logits
+            state, parts = memory_model.new_state(1), []
+            for piece in ids.split(size, dim=1):
+                out = memory_model(piece, state=state)
+                state = state.commit(out.new_entries)
+                parts.append(out.logits)
+    except (RuntimeError, TypeError, LookupError, AttributeError) as error:
+        msg = f"{model.config.model_type} failed in a trial: {error}. Use another model."
+        raise ValueError(msg) from error
+    difference = float((torch.cat(parts, dim=1).float() - whole.float()).abs().max())
+    largest = float(whole.float().abs().max())
     # a wrong mask, place or rotation is wrong by as much as the logits are large
-    if not error <= _TRIAL_TOLERANCE * size:
+    if not difference <= _TRIAL_TOLERANCE * largest:
         msg = (
             f"{model.config.model_type} must compute the same when a text is cut into pieces, but "
-            f"logits of up to {size:.3g} differ by {error:.3g}. Use another model."
+            f"logits of up to {largest:.3g} differ by {difference:.3g}. Use another model."
         )
         raise ValueError(msg)
 

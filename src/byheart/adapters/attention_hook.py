@@ -42,6 +42,8 @@ class Hook:
     """Place of the angles among the positional arguments of the layer, if it takes them."""
     rotation: Rotation | None = None
     """How it rotates; `None` if it does not."""
+    window: int | None = None
+    """Tokens that it sees, the own one included; `None` for all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,11 +14,12 @@ from byheart.adapters.attention_hook import (
     VIEW,
     AttentionCall,
     AttentionResult,
+    Hook,
     hook_of,
     install,
     uninstall,
 )
-from byheart.adapters.families import model_kind
+from byheart.adapters.families import attention_reach, model_kind
 from byheart.adapters.rotation import RotarySource, find_rotation, without_rotation
 from byheart.models.eval_mode import eval_mode
 
@@ -32,6 +33,8 @@ class AttentionLayers:
 
     modules: tuple[nn.Module, ...]
     """Attention modules, in the order of the layers."""
+    hooks: tuple[Hook, ...]
+    """What is known of each."""
     names: tuple[str, ...]
     """Their names in the model."""
     num_heads: int
@@ -50,15 +53,15 @@ class AttentionLayers:
     @property
     def sources(self) -> list[RotarySource]:
         """Where the angles of the layers come from, each source once."""
-        hooks = [hook_of(module) for module in self.modules]
-        rotations = [hook.rotation for hook in hooks if hook is not None]
+        rotations = [hook.rotation for hook in self.hooks]
         sources = [rotation.source for rotation in rotations if rotation is not None]
         return list(dict.fromkeys(sources))
 
     def uninstall(self) -> None:
-        """Give all layers their own attention function back."""
-        for module in self.modules:
-            uninstall(module)
+        """Give all layers their own attention function back, unless somebody else did."""
+        for module, hook in zip(self.modules, self.hooks, strict=True):
+            if hook_of(module) is hook:
+                uninstall(module)
 
 
 def find_attentions(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -122,7 +125,11 @@ def prepare_attentions(model: PreTrainedModel) -> AttentionLayers:
         for index, (name, module) in enumerate(found):
             install(module, index, name)
             undo.callback(uninstall, module)
-        layers = _examine(model, found)
+        try:
+            layers = _examine(model, found)
+        except (RuntimeError, TypeError, LookupError, AttributeError) as error:
+            msg = f"{model.config.model_type} failed in a trial: {error}. Use another model."
+            raise ValueError(msg) from error
         undo.pop_all()
     return layers
 
@@ -160,8 +167,9 @@ def _examine(model: PreTrainedModel, found: list[tuple[str, nn.Module]]) -> Atte
             f"{sorted({call.value.shape[3] for call in calls})}. Use another model."
         )
         raise ValueError(msg)
-    for call in calls:
+    for index, call in enumerate(calls):
         _find_rotation_of(call, trial, sources, family)
+        call.hook.window = _window(model, call, index)
     has_rotation = any(call.hook.rotation is not None for call in calls)
     if not has_rotation and getattr(model.config.get_text_config(), "rope_parameters", None):
         msg = f"{family} rotates its keys where it cannot be seen. Use another model."
@@ -169,6 +177,7 @@ def _examine(model: PreTrainedModel, found: list[tuple[str, nn.Module]]) -> Atte
     num_heads, num_kv_heads, head_dim = next(iter(shapes))
     return AttentionLayers(
         modules=tuple(module for _, module in found),
+        hooks=tuple(call.hook for call in calls),
         names=tuple(name for name, _ in found),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -255,6 +264,24 @@ def _find_rotation_of(
     except ValueError as error:
         msg = f"{where} {error}. Use another model."
         raise ValueError(msg) from error
+
+
+def _window(model: PreTrainedModel, call: AttentionCall, index: int) -> int | None:
+    """Return how many tokens a layer sees: some say so, some only build such masks.
+
+    Returns:
+        Tokens, the own one included; `None` for all.
+    """
+    said: int | None = call.options.get("sliding_window")
+    if said is not None:
+        return said
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    slides = attention_reach(model) is not None
+    if kinds is not None:
+        slides = "sliding" in kinds[index]
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if slides else None
 
 
 def _looks_up(module: nn.Module) -> bool:

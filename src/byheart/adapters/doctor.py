@@ -118,6 +118,12 @@ def _trial_model(model_config: Any) -> MemoryModel:
     if kinds:
         count = max(count, *(kinds.index(kind) + 1 for kind in set(kinds)))
         config.layer_types = kinds[:count]
+    turns = list(getattr(config, "no_rope_layers", None) or ())
+    if 0 in turns:
+        count = max(count, turns.index(0) + 1)
+        config.no_rope_layers = turns[:count]
+        if kinds:
+            config.layer_types = kinds[:count]
     config.num_hidden_layers = count
     config.vocab_size = _TRIAL_VOCABULARY
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None

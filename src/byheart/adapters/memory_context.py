@@ -25,14 +25,24 @@ class MemoryContext:
     """Angles of the place from which the memory is searched, if it is always the same."""
     keeps_place: bool
     """Whether the memory is searched from the place of the query."""
+    has_rotation: bool
+    """Whether positions are angles; if not, they are added to the embeddings."""
     first_place: Int[Tensor, "batch 1"]
     """Place of the next token of each row in its segment."""
-    first_position: Int[Tensor, "batch 1"] | None
-    """Position of the next token of each row; `None` where the model counts from 0 itself."""
+    first_position: Int[Tensor, "batch 1"]
+    """Position of the next token of each row."""
+    counts_itself: bool
+    """Whether the model may count the positions of a pass from 0, pads included: nothing is before
+    the tokens, and only their distances matter."""
 
     @classmethod
     def of(
-        cls, state: MemoryState, layers: AttentionLayers, config: AttachConfig, copies: int = 1
+        cls,
+        state: MemoryState,
+        layers: AttentionLayers,
+        config: AttachConfig,
+        dtype: torch.dtype,
+        copies: int = 1,
     ) -> "MemoryContext":
         """Prepare a state.
 
@@ -40,17 +50,18 @@ class MemoryContext:
             state: What the rows have read; rows that start a document are reset already.
             layers: The attention layers of the model.
             config: The memory.
+            dtype: Precision of the model's hidden states.
             copies: Rows of a pass for each row of the state, side by side (beams).
 
         Returns:
             The context.
         """
         sources = layers.sources
-        past = Past.of(state, sources, copies)
+        past = Past.of(state, sources, dtype, copies)
         search_angles = None
         if config.memory_position == "window":
             place = torch.full((1, 1), config.segment_length, device=state.position.device)
-            search_angles = {source: source.angles(place) for source in sources}
+            search_angles = {source: source.angles(place, dtype) for source in sources}
         place, position = (
             counter.repeat_interleave(copies)[:, None]
             for counter in (state.num_pending, state.position)
@@ -62,8 +73,10 @@ class MemoryContext:
             past=past,
             search_angles=search_angles,
             keeps_place=config.memory_position == "local",
+            has_rotation=layers.has_rotation,
             first_place=place,
-            first_position=position if goes_on else None if past is None else place,
+            first_position=position if goes_on else place,
+            counts_itself=past is None and not goes_on,
         )
 
     def view(
@@ -92,6 +105,8 @@ class MemoryContext:
             keeps_place=self.keeps_place,
             stages=stages,
         )
-        if self.first_position is None:
+        is_padded_on_the_left = first_column is not None
+        needs_places = self.keeps_place or not self.has_rotation
+        if self.counts_itself and not (is_padded_on_the_left and needs_places):
             return view, None
         return view, self.first_position + columns

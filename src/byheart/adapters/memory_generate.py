@@ -8,12 +8,22 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
+from byheart.adapters.attach_checks import rotation_limit
 from byheart.adapters.attention_hook import VIEW
+from byheart.adapters.families import max_positions
 from byheart.adapters.memory_context import MemoryContext
 from byheart.adapters.memory_model import MemoryModel
 from byheart.adapters.row_tokens import RowTokens
 from byheart.memory.state import MemoryState
 from byheart.models.streaming import read_tokens
+
+# options that look at the tokens of the prompt, and the values with which they do not
+_OF_THE_PROMPT: dict[str, tuple[Any, ...]] = {
+    "min_length": (0,),
+    "repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "prompt_lookup_num_tokens": (),
+}
 
 
 @torch.no_grad()
@@ -35,17 +45,20 @@ def generate_with_memory(
         memory_model: The model, in eval mode.
         input_ids: Prompts, or what follows that which `state` has read; at least a token per row.
         attention_mask: Real tokens, one run in each row; `None` for all.
-        state: What the rows have read; it is used up. `None` for nothing.
-        options: What transformers' `generate` takes: `max_new_tokens`, `do_sample`, `num_beams`,
-            `num_return_sequences`, `cache_implementation`, ...
+        state: What the rows have read; it is left as it is. `None` for nothing.
+        options: What transformers' `generate` takes: `max_new_tokens`, which must be given,
+            `do_sample`, `num_beams`, `num_return_sequences`, `cache_implementation`, ... Processors
+            and criteria of your own are shown the end of a prompt only, which no segment holds yet.
 
     Returns:
         What transformers' `generate` returns: the prompts, as they were given, with their
         continuations.
 
     Raises:
-        ValueError: If a prompt is empty, or the state has another number of rows.
+        ValueError: If a prompt is empty, the state has another number of rows, an option needs the
+            whole prompt, or the model has not enough positions.
     """
+    _check_options(memory_model.model, options)
     rows = RowTokens.of(input_ids, attention_mask, None)
     if bool((rows.num_tokens == 0).any()):
         msg = "Every row needs at least one prompt token to continue from. Drop the empty prompts."
@@ -53,7 +66,10 @@ def generate_with_memory(
     state = memory_model.new_state(rows.batch) if state is None else state
     memory_model.require_rows(state, rows)
     prompt, rest, mask = _split(input_ids, rows, state)
+    _check_positions(memory_model, state, rows, _new_tokens(options))
     if prompt is not None:
+        # what is read belongs to this continuation
+        state = state.fork()
         state = read_tokens(memory_model, prompt[0], state, num_tokens=prompt[1]).state
     handle = memory_model.model.register_forward_pre_hook(
         _with_memory(memory_model, state), with_kwargs=True
@@ -70,6 +86,62 @@ def generate_with_memory(
         return sequences
     result.sequences = sequences
     return result
+
+
+def _new_tokens(options: dict[str, Any]) -> int:
+    given = options.get("max_new_tokens")
+    if given is None:
+        given = options["generation_config"].max_new_tokens
+    return int(given)
+
+
+def _check_options(model: Any, options: dict[str, Any]) -> None:
+    """Refuse options that would be told of the end of a prompt only.
+
+    Raises:
+        ValueError: If there is one, or no number of new tokens.
+    """
+    config = options.get("generation_config")
+    if options.get("max_new_tokens") is None and getattr(config, "max_new_tokens", None) is None:
+        msg = "max_new_tokens must be given: lengths that count the prompt have no meaning here."
+        raise ValueError(msg)
+    configs = [config or model.generation_config]
+    for name, harmless in _OF_THE_PROMPT.items():
+        given = options.get(name, getattr(configs[0], name, None))
+        if given is not None and given not in harmless:
+            msg = (
+                f"{name} looks at the whole prompt, of which only the end is not in memory, got "
+                f"{given}. Leave it out."
+            )
+            raise ValueError(msg)
+
+
+def _check_positions(
+    memory_model: MemoryModel, state: MemoryState, rows: RowTokens, num_new: int
+) -> None:
+    """Refuse more tokens than a model can tell apart, before anything is read.
+
+    Raises:
+        ValueError: If there are.
+    """
+    model, limits = memory_model.model, [rotation_limit(memory_model.model)]
+    if not memory_model.layers.has_rotation:
+        limits.append(max_positions(model))
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    if limit is None:
+        return
+    read = state.num_pending + rows.num_tokens
+    ends = (read - 1) % state.layout.segment_length + 1
+    if not memory_model.layers.has_rotation and memory_model.memory_config.xl_cache_length:
+        ends = state.position + rows.num_tokens
+    last = int(ends.max()) + num_new
+    if last > limit:
+        msg = (
+            f"Prompt and new tokens must fit into the {limit} positions of "
+            f"{model.config.model_type}, got up to {last}. Use fewer max_new_tokens, or "
+            "byheart.generate, which begins anew with each segment."
+        )
+        raise ValueError(msg)
 
 
 def _split(
@@ -101,7 +173,10 @@ def _with_memory(memory_model: MemoryModel, state: MemoryState) -> Callable[...,
 
     @cache
     def context(copies: int) -> MemoryContext:
-        return MemoryContext.of(state, memory_model.layers, memory_model.memory_config, copies)
+        return MemoryContext.of(
+            state, memory_model.layers, memory_model.memory_config, memory_model.hidden_dtype,
+            copies,
+        )  # fmt: skip
 
     def see_memory(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -18,7 +18,7 @@ from byheart.adapters.attach_checks import (
 )
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.attached_memory import AttachedMemory
-from byheart.adapters.attention_hook import VIEW
+from byheart.adapters.attention_hook import VIEW, hook_of
 from byheart.adapters.attention_layers import AttentionLayers, prepare_attentions
 from byheart.adapters.memory_context import MemoryContext
 from byheart.adapters.memory_view import MEMORY
@@ -77,35 +77,36 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
         super().__init__()
         require_possible(model, config)
         config = config.resolve(model.config.get_text_config().num_hidden_layers)
-        self.layers: AttentionLayers = prepare_attentions(model)
-        try:
-            require_fits(model, config, self.layers)
-        except ValueError:
-            self.layers.uninstall()
-            raise
         self.model: Any = model
         self.memory_config = config
-        self._layout = MemoryLayout(
-            num_layers=len(self.layers.modules),
-            num_kv_heads=self.layers.num_kv_heads,
-            head_dim=self.layers.head_dim,
-            segment_length=config.segment_length,
-            xl_cache_length=config.xl_cache_length,
-            knn_memory=config.knn,
-            unit_keys=config.normalize_qk,
-        )
-        weight = model.get_input_embeddings().weight
-        for layer in config.knn.layers if config.knn is not None else ():
-            module, scaling = self.layers.modules[layer], self.layers.scaling[layer]
-            shape = (self.layers.num_heads, self.layers.head_dim)
-            like = next(module.parameters(), weight)
-            setattr(module, MEMORY, AttachedMemory(config, *shape, scaling, like))
-        keep_tied_weights_once(self)
+        self.layers: AttentionLayers = prepare_attentions(model)
+        self._memories: dict[int, AttachedMemory] = {}
         try:
+            require_fits(model, config, self.layers)
+            self._layout = _layout(config, self.layers)
+            self._add_memories(model, config)
             require_same_in_pieces(model, self)
-        except ValueError:
+        except BaseException:
             self.detach()
             raise
+        self._versions = base_versions(self)
+        keep_tied_weights_once(self)
+
+    def _add_memories(self, model: PreTrainedModel, config: AttachConfig) -> None:
+        """Put the weights of the memory below the attention modules that read it."""
+        weight = model.get_input_embeddings().weight
+        for layer in config.knn.layers if config.knn is not None else ():
+            module, layers = self.layers.modules[layer], self.layers
+            rotation = layers.hooks[layer].rotation
+            # keys in memory have lost what the rotation makes them longer by; queries have kept it
+            # where they are rotated
+            stretch = 1.0 if rotation is None else rotation.stretch
+            power = 2 if config.memory_position == "none" else 1
+            scaling = layers.scaling[layer] * stretch**power
+            like = next(module.parameters(), weight)
+            memory = AttachedMemory(config, layers.num_heads, layers.head_dim, scaling, like)
+            setattr(module, MEMORY, memory)
+            self._memories[layer] = memory
 
     @property
     def config(self) -> Any:
@@ -124,6 +125,12 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
         return dtype
 
     @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Precision of the model's hidden states."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         device: torch.device = self.model.get_input_embeddings().weight.device
@@ -136,9 +143,8 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
         return size
 
     def memories(self) -> dict[int, Any]:
-        """Return what the memory layers have learned, by layer."""
-        found = ((i, getattr(m, MEMORY, None)) for i, m in enumerate(self.layers.modules))
-        return {index: memory for index, memory in found if memory is not None}
+        """Return what the memory layers have learned, by layer; PEFT may have wrapped it."""
+        return {layer: getattr(self.layers.modules[layer], MEMORY) for layer in self._memories}
 
     def memory_parameters(self) -> list[nn.Parameter]:
         """Return the added weights, for an optimizer that trains them alone or faster."""
@@ -150,6 +156,19 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
         for layer, memory in self.memories().items():
             metrics |= layer_metrics(layer, memory.log_scale, memory.gate())
         return metrics
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether the model's own weights were written since memory was put on it."""
+        return base_versions(self) != self._versions
+
+    def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
+        """Trade time for memory in training, as the model itself does it; for the Trainer."""
+        names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+        enable = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
+        enable(*arguments, **options)
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
 
     def generate(self, input_ids: Int[Tensor, "batch tokens"], **options: Any) -> Any:
         """Continue prompts as transformers' `generate` does, with the memory in sight.
@@ -167,13 +186,14 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
         return generate_with_memory(self, input_ids, **options)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, with_model: bool = False, **_: Any
+        self, save_directory: str | os.PathLike[str], *, with_model: bool | None = None, **_: Any
     ) -> None:
         """Write the added weights and the config; see `byheart.adapters.memory_saving`.
 
         Args:
             save_directory: Where to. It is replaced only when the new one is complete.
-            with_model: Write the model, too, for models whose own weights were trained.
+            with_model: Write the model, too; `None`: if its own weights have changed since memory
+                was put on it.
         """
         from byheart.adapters.memory_saving import save_attached
 
@@ -207,10 +227,13 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
         Returns:
             The model as it was, with the weights that it has now.
         """
-        for module in self.layers.modules:
-            if hasattr(module, MEMORY):
-                delattr(module, MEMORY)
         self.layers.uninstall()
+        for layer in list(self._memories):
+            module = self.layers.modules[layer]
+            # another memory may have been attached since this one was taken off
+            if hook_of(module) is None and hasattr(module, MEMORY):
+                delattr(module, MEMORY)
+        self._memories = {}
         model: PreTrainedModel = self.model
         return model
 
@@ -258,7 +281,7 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
         self.require_rows(state, rows)
         before = state.start_documents(document_start)
         require_inside_segment(before, rows.num_tokens)
-        context = MemoryContext.of(before, self.layers, self.memory_config)
+        context = MemoryContext.of(before, self.layers, self.memory_config, self.hidden_dtype)
         view, position_ids = context.view(rows.columns, first_column=rows.first_column)
         if position_ids is not None and not self.layers.has_rotation:
             require_positions(self.model, position_ids, rows.num_tokens)
@@ -319,6 +342,34 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
                 f"{rows.num_tokens.device}, got {state.position.device}. Move it with state.to."
             )
             raise ValueError(msg)
+
+
+def base_versions(memory_model: MemoryModel) -> dict[str, int]:
+    """Return how often each weight of the model below was written: it tells whether it has learned.
+
+    Args:
+        memory_model: The model with memory.
+
+    Returns:
+        Counts by name, without the weights that were added.
+    """
+    return {
+        name: weight._version
+        for name, weight in memory_model.model.named_parameters()
+        if MEMORY not in name.split(".")
+    }
+
+
+def _layout(config: AttachConfig, layers: AttentionLayers) -> MemoryLayout:
+    return MemoryLayout(
+        num_layers=len(layers.modules),
+        num_kv_heads=layers.num_kv_heads,
+        head_dim=layers.head_dim,
+        segment_length=config.segment_length,
+        xl_cache_length=config.xl_cache_length,
+        knn_memory=config.knn,
+        unit_keys=config.normalize_qk,
+    )
 
 
 def _targets(labels: Tensor, targets: Tensor | None) -> Tensor:

@@ -32,7 +32,7 @@ def save_attached(
     memory_model: MemoryModel,
     directory: str | os.PathLike[str],
     *,
-    with_model: bool = False,
+    with_model: bool | None = None,
     tokenizer_fingerprint: str = "",
 ) -> None:
     """Write the added weights (safetensors) and the config (JSON) to a directory.
@@ -43,10 +43,11 @@ def save_attached(
         memory_model: What to save.
         directory: Where to.
         with_model: Write the model inside, too, without what was added, as Hugging Face's
-            checkpoints; for models whose own weights were trained.
+            checkpoints; `None`: if its own weights have changed since memory was put on it.
         tokenizer_fingerprint: Identifies the tokenizer that made the model's tokens;
             `load_attached` refuses another one.
     """
+    with_model = memory_model.has_learned if with_model is None else with_model
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -110,8 +111,9 @@ def load_attached(
         raise CheckpointError(msg)
     if check_model and model_fingerprint(model) != manifest["model_fingerprint"]:
         msg = (
-            f"{directory} belongs to a {manifest['model_type']} model with other weights. Pass "
-            "the model it was saved from, or check_model=False if it was changed on purpose."
+            f"{directory} belongs to a {manifest['model_type']} model with other weights, or of "
+            "another precision. Pass the model it was saved from, None for one that was saved "
+            "along, or check_model=False if it was changed on purpose."
         )
         raise CheckpointError(msg)
     memory_model = MemoryModel(model, load_config(AttachConfig, directory / _CONFIG))

@@ -31,12 +31,19 @@ class Past:
     """The angles of their places, by where a layer's angles come from."""
 
     @classmethod
-    def of(cls, state: MemoryState, sources: list[RotarySource], copies: int = 1) -> "Past | None":
+    def of(
+        cls,
+        state: MemoryState,
+        sources: list[RotarySource],
+        dtype: torch.dtype,
+        copies: int = 1,
+    ) -> "Past | None":
         """Collect the past of the next tokens.
 
         Args:
             state: What the rows have read.
             sources: Where the angles of the model's layers come from.
+            dtype: Precision of the model's hidden states.
             copies: Rows of the batch for each row of the state (beams).
 
         Returns:
@@ -67,7 +74,7 @@ class Past:
         if copies > 1:
             places, valid = places.repeat_interleave(copies, 0), valid.repeat_interleave(copies, 0)
             sides = [KeyValues(*(x.repeat_interleave(copies, 0) for x in pair)) for pair in sides]
-        angles = {source: source.angles(places) for source in sources}
+        angles = {source: source.angles(places, dtype) for source in sources}
         return cls(sides=tuple(sides), places=places, valid=valid, angles=angles)
 
     def keys_values(self, hook: Hook, like: Tensor) -> KeyValues:
@@ -82,7 +89,7 @@ class Past:
         """
         keys, values = (side.to(like.dtype) for side in self.sides[hook.index])
         if hook.rotation is not None:
-            keys = hook.rotation.rotate(keys, self.angles[hook.rotation.source])
+            keys = hook.rotation.rotate(keys, self.angles[hook.rotation.source]).to(like.dtype)
         return KeyValues(keys, values)
 
 
@@ -170,10 +177,9 @@ def _widened_mask(call: AttentionCall, past: Past, places: Tensor) -> Tensor:
         A mask of the kind that the layer's own attention takes.
     """
     visible_B1QP = past.valid[:, None, None, :]
-    reach = call.options.get("sliding_window")
-    if reach is not None:
+    if call.hook.window is not None:
         distances = places[:, :, None] - past.places[:, None, :]
-        visible_B1QP = visible_B1QP & (distances < reach)[:, None]
+        visible_B1QP = visible_B1QP & (distances < call.hook.window)[:, None]
     visible_B1QP = visible_B1QP.expand(-1, -1, call.query.shape[2], -1)
     mask = _own_mask(call).expand(len(visible_B1QP), -1, -1, -1)
     if mask.dtype is torch.bool:
@@ -209,7 +215,16 @@ def _with_logsumexp(call: AttentionCall, key: Tensor, value: Tensor, mask: Any) 
 
     Returns:
         Output and log of the denominators.
+
+    Raises:
+        ValueError: If the model's attention has dropout, which the denominators have not.
     """
+    if call.options.get("dropout"):
+        msg = (
+            "combine='joint' needs attention without dropout, got "
+            f"{call.options['dropout']}. Set the dropout of attention in the model's config to 0."
+        )
+        raise ValueError(msg)
     if mask is None:
         mask = _own_mask(call)
     repeats = call.query.shape[1] // key.shape[1]

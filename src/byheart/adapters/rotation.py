@@ -26,8 +26,6 @@ class RotarySource:
     """The rotary embedding."""
     arguments: dict[str, Any]
     """What it is called with besides hidden states and positions, such as the kind of layer."""
-    dtype: torch.dtype
-    """Of the hidden states."""
 
     @classmethod
     def of_call(
@@ -44,17 +42,20 @@ class RotarySource:
             The source.
         """
         arguments = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
-        hidden = arguments.pop("x")
-        del arguments["position_ids"]
-        return cls(module=module, arguments=arguments, dtype=hidden.dtype)
+        del arguments["x"], arguments["position_ids"]
+        return cls(module=module, arguments=arguments)
 
-    def angles(self, positions: Int[Tensor, "batch token"]) -> Angles:
+    def angles(self, positions: Int[Tensor, "batch token"], dtype: torch.dtype) -> Angles:
         """Compute the angles of positions, which may be negative.
+
+        Args:
+            positions: Places of tokens.
+            dtype: Precision of the model's hidden states.
 
         Returns:
             Cosine and sine.
         """
-        like = torch.empty(1, dtype=self.dtype, device=positions.device)
+        like = torch.empty(1, dtype=dtype, device=positions.device)
         cos, sin = self.module(x=like, position_ids=positions, **self.arguments)
         return cos, sin
 
@@ -69,6 +70,8 @@ class Rotation:
     """Numbers of a head, the first so many, that the function is given; `None` for all."""
     source: RotarySource
     """Where the angles come from."""
+    stretch: float
+    """Factor by which the rotation makes queries and keys longer (YaRN), and `undo` shorter."""
 
     def rotate(
         self, x: Float[Tensor, "batch heads token head_dim"], angles: Angles
@@ -135,7 +138,8 @@ def find_rotation(
         return None
     widths: tuple[int | None, ...] = (None, angles[0].shape[-1], 2 * angles[0].shape[-1])
     for width in widths:
-        rotation = Rotation(apply=apply, width=width, source=source)
+        stretch = float((angles[0].float() ** 2 + angles[1].float() ** 2).mean().sqrt())
+        rotation = Rotation(apply=apply, width=width, source=source, stretch=stretch)
         if width is not None and width >= given.shape[-1]:
             continue
         try:

@@ -17,7 +17,7 @@ class ReadResult(NamedTuple):
     state: MemoryState
     """The state after the tokens."""
     last_logits: Float[Tensor, "batch vocab"]
-    """Scores of the token after each row's last one; zeros for rows without a token."""
+    """Scores of the token after each row's last one, float32; zeros for rows without a token."""
     logits: Float[Tensor, "batch query vocab"] | None
     """Scores after every token, if asked for; zeros in the columns behind `num_tokens`."""
 
@@ -64,11 +64,12 @@ def read_tokens(
         at = (done[:, None] + columns).clamp(max=width - 1)
         out = model(input_ids.gather(1, at), state=state, num_tokens=take)
         assert out.logits is not None
+        scores = out.logits.float()
         rows, offsets = (columns < take[:, None]).nonzero(as_tuple=True)
         if logits is not None:
-            logits[rows, at[rows, offsets]] = out.logits[rows, offsets]
+            logits[rows, at[rows, offsets]] = scores[rows, offsets]
         reads = take > 0
-        last = out.logits[torch.arange(batch, device=device), (take - 1).clamp(min=0)]
+        last = scores[torch.arange(batch, device=device), (take - 1).clamp(min=0)]
         last_logits = torch.where(reads[:, None], last, last_logits)
         state = state.commit(out.new_entries)
         done, left = done + take, left - take
