@@ -197,12 +197,21 @@ def test_closed_gates_have_a_gradient(gate, combine, tiny_model, draw):
         assert (memory.gate_weight.grad != 0).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"memory_position": "local"}, {"xl_cache_length": 7}])
+@pytest.mark.parametrize("options", [{}, {"xl_cache_length": 7}])
 def test_padding_on_the_left_is_as_good_as_on_the_right(attachable, options, draw):
-    model = attachable.build()
-    if "memory_position" in options and attachable.name in ("gpt2", "opt"):
-        pytest.skip("has no rotary positions")
-    memory_model = opened(model, **options)
+    assert_sides_are_equal(opened(attachable.build(), **options), draw)
+
+
+@pytest.mark.parametrize("position", ["local", "window"])
+@pytest.mark.parametrize("name", ["llama", "phi", "gemma3"])
+def test_searched_from_a_place_the_side_of_the_padding_is_the_same(
+    name, position, tiny_model, draw
+):
+    assert_sides_are_equal(opened(tiny_model(name), memory_position=position), draw)
+
+
+def assert_sides_are_equal(memory_model, draw):
+    """Read a segment in two passes whose rows are padded on the left, and on the right."""
     ids, other = draw(2, SEGMENT), draw(2, SEGMENT, seed=5)
     read = read_tokens(memory_model, other, memory_model.new_state(2)).state
     states = [read.fork(), read.fork()]
