@@ -44,11 +44,15 @@ def test_closed_gates_leave_the_model_as_it_was(attachable, implementation, padd
         with torch.no_grad():
             out = memory_model(ids, attention_mask=mask, state=state, document_start=start)
             places = {}
-            if attachable.name in ("gpt2", "opt") and padding == "left":
-                # what they count by themselves, or where padding stands, is another matter
+            if attachable.name == "gpt2" and padding == "left":
+                # by itself it would count the padding
                 places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
             expected = before(ids, attention_mask=mask, **places).logits
-        assert torch.equal(out.logits, expected)
+        if attachable.name == "opt" and padding == "left":
+            # where padding stands is nobody's business
+            assert torch.equal(out.logits[mask.bool()], expected[mask.bool()])
+        else:
+            assert torch.equal(out.logits, expected)
         state = state.commit(out.new_entries)
     assert state.stores[1].num_written.tolist()[0] == 4 * SEGMENT
     for memory in memory_model.memories().values():

@@ -120,7 +120,7 @@ def test_a_state_of_another_model_is_refused(tiny_model, draw):
         mine(draw(1, 3), state=other.new_state(1))
     with pytest.raises(ValueError, match="must have the batch's 2 rows, got 1"):
         mine(draw(2, 3), state=mine.new_state(1))
-    with pytest.raises(ValueError, match=r"on the device of input_ids, cpu, got meta"):
+    with pytest.raises(ValueError, match=r"on the batch's device, cpu, got meta"):
         mine(draw(1, 3), state=mine.new_state(1, device=torch.device("meta")))
     with pytest.raises(ValueError, match="must have the batch's 2 rows, got 1"):
         mine.generate(draw(2, 3), state=mine.new_state(1), num_beams=2, max_new_tokens=2)

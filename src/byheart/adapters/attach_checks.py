@@ -9,13 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from byheart.adapters.attach_config import AttachConfig
-from byheart.adapters.attention_hook import hook_of
+from byheart.adapters.attention_hook import PLAIN, hook_of
 from byheart.adapters.attention_layers import AttentionLayers, find_attentions
 from byheart.adapters.families import max_positions
 from byheart.models.eval_mode import eval_mode
-
-PLAIN = ("sdpa", "eager")
-"""Attentions whose mask is a tensor with a column for each token."""
 
 # tokens of the trial of the law of pieces, and what rounding may do to it, in bfloat16, too
 _TRIAL_TOKENS = 5

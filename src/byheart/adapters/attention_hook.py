@@ -21,6 +21,9 @@ NAME = "byheart"
 VIEW, ANGLES = "byheart_view", "byheart_angles"
 """Arguments that carry what a pass reads, and the angles of its tokens."""
 
+PLAIN = ("sdpa", "eager")
+"""Attentions whose mask is a tensor with a column for each token."""
+
 # what models call the angles of their tokens
 _ANGLES = "position_embeddings"
 
@@ -62,6 +65,11 @@ class AttentionCall:
     """Of the tokens."""
     options: dict[str, Any]
     """Whatever else the model passes on."""
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the scores."""
+        return float(self.options.get("scaling") or self.query.shape[3] ** -0.5)
 
     def attend(self, key: Tensor, value: Tensor, mask: Any) -> AttentionResult:
         """Attend with the model's own function.

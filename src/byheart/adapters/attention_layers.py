@@ -182,7 +182,7 @@ def _examine(model: PreTrainedModel, found: list[tuple[str, nn.Module]]) -> Atte
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        scaling=tuple(call.options.get("scaling") or head_dim**-0.5 for call in calls),
+        scaling=tuple(call.scaling for call in calls),
         has_rotation=has_rotation,
         plain_softmax=not any(
             call.options.get(name) is not None for call in calls for name in ("softcap", "s_aux")

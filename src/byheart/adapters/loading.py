@@ -1,12 +1,39 @@
 """Load Hugging Face models from a directory."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from byheart.errors import CheckpointError
+
+ModelT = TypeVar("ModelT")
+
+
+def load_saved_along(directory: Path, model_type: str, load: Callable[[Path], ModelT]) -> ModelT:
+    """Load the model that memory was saved along with.
+
+    Args:
+        directory: Where it is.
+        model_type: What kind of model it is, for the message.
+        load: Reads it.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: If the memory was saved alone.
+    """
+    if not directory.is_dir():
+        msg = (
+            f"{directory.parent} holds the memory alone, not the {model_type} model that it "
+            "belongs to. Pass that model."
+        )
+        raise CheckpointError(msg)
+    return load(directory)
 
 
 def load_transformer(directory: str | os.PathLike[str]) -> PreTrainedModel:

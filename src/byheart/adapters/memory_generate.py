@@ -64,7 +64,8 @@ def generate_with_memory(
         msg = "Every row needs at least one prompt token to continue from. Drop the empty prompts."
         raise ValueError(msg)
     state = memory_model.new_state(rows.batch) if state is None else state
-    memory_model.require_rows(state, rows)
+    goes_on = torch.zeros(rows.batch, dtype=torch.bool, device=input_ids.device)
+    state = memory_model.require_state(state, rows.batch, goes_on)
     prompt, rest, mask = _split(input_ids, rows, state)
     _check_positions(memory_model, state, rows, _new_tokens(options))
     if prompt is not None:

@@ -27,7 +27,7 @@ from byheart.adapters.tied import keep_tied_weights_once
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.state import MemoryState, NewEntries
 from byheart.models.decoder import require_inside_segment
-from byheart.models.segment_model import StateKeeper, layer_metrics
+from byheart.models.segment_model import SegmentModel, layer_metrics
 from byheart.ops.losses import IGNORED
 
 
@@ -45,7 +45,7 @@ class MemoryOutput(ModelOutput):  # type: ignore[misc]
     """What to give to `state.commit` after backward."""
 
 
-class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
+class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
     """A pretrained decoder that remembers.
 
     Forward reads memory and never writes it:
@@ -278,8 +278,7 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
             state = self.new_state(rows.batch, device=input_ids.device)
         if document_start is None:
             document_start = torch.zeros(rows.batch, dtype=torch.bool, device=input_ids.device)
-        self.require_rows(state, rows)
-        before = state.start_documents(document_start)
+        before = self.require_state(state, rows.batch, document_start)
         require_inside_segment(before, rows.num_tokens)
         context = MemoryContext.of(before, self.layers, self.memory_config, self.hidden_dtype)
         view, position_ids = context.view(rows.columns, first_column=rows.first_column)
@@ -315,33 +314,6 @@ class MemoryModel(nn.Module, StateKeeper, PushToHubMixin):  # type: ignore[misc]
                 position=before.position,
             ),
         )
-
-    def require_rows(self, state: MemoryState, rows: RowTokens) -> None:
-        """Refuse a state that some tokens cannot continue.
-
-        Args:
-            state: What the rows have read.
-            rows: The tokens.
-
-        Raises:
-            MemoryStateError: If it is used up or was made for another model.
-            ValueError: If batch size or device differ.
-        """
-        state.require_current()
-        self.memory_layout.require_same(state.layout, "The memory state")
-        if state.batch_size != rows.batch:
-            msg = (
-                f"The memory state must have the batch's {rows.batch} rows, got "
-                f"{state.batch_size}. Make one with new_state(batch_size) or pick rows with "
-                "state.select_rows."
-            )
-            raise ValueError(msg)
-        if state.position.device != rows.num_tokens.device:
-            msg = (
-                f"The memory state must be on the device of input_ids, "
-                f"{rows.num_tokens.device}, got {state.position.device}. Move it with state.to."
-            )
-            raise ValueError(msg)
 
 
 def base_versions(memory_model: MemoryModel) -> dict[str, int]:

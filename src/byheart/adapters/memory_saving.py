@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.attached_memory import AttachedMemory
-from byheart.adapters.loading import load_transformer
+from byheart.adapters.loading import load_saved_along, load_transformer
 from byheart.adapters.memory_model import MemoryModel
 from byheart.adapters.memory_view import MEMORY
 from byheart.config import load_config, save_config
@@ -96,13 +96,7 @@ def load_attached(
     require_format(manifest, directory, FORMAT, FORMAT_VERSION)
     require_tokenizer(manifest, directory, tokenizer_fingerprint)
     if model is None:
-        if not (directory / _MODEL).is_dir():
-            msg = (
-                f"{directory} holds the memory alone, not the {manifest['model_type']} model it "
-                "was put on. Pass that model."
-            )
-            raise CheckpointError(msg)
-        model = load_transformer(directory / _MODEL)
+        model = load_saved_along(directory / _MODEL, manifest["model_type"], load_transformer)
     if model.config.model_type != manifest["model_type"]:
         msg = (
             f"{directory} belongs to a model of type {manifest['model_type']}, got "

@@ -7,7 +7,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from byheart.adapters.attention_hook import AttentionCall, AttentionResult, Hook, own_implementation
+from byheart.adapters.attention_hook import (
+    PLAIN,
+    AttentionCall,
+    AttentionResult,
+    Hook,
+    own_implementation,
+)
 from byheart.adapters.rotation import Angles, RotarySource
 from byheart.memory.state import MemoryState
 from byheart.memory.store import KeyValues
@@ -198,7 +204,7 @@ def _own_mask(call: AttentionCall) -> Tensor:
     if isinstance(call.mask, Tensor) and call.mask.ndim == 4:
         return call.mask[..., :entries]
     implementation = own_implementation(call.hook)
-    if call.mask is not None or implementation not in ("sdpa", "eager"):
+    if call.mask is not None or implementation not in PLAIN:
         msg = (
             "An XL cache, or a pass that continues a segment, needs the attention 'sdpa' or "
             f"'eager', got {implementation!r}. Use model.set_attn_implementation('sdpa')."
@@ -230,10 +236,9 @@ def _with_logsumexp(call: AttentionCall, key: Tensor, value: Tensor, mask: Any) 
     repeats = call.query.shape[1] // key.shape[1]
     keys, values = (side.repeat_interleave(repeats, dim=1) for side in (key, value))
     visible = mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min
-    scaling = call.options.get("scaling") or call.query.shape[3] ** -0.5
     batch = call.query.shape[0]
     return masked_attention(
-        call.query * scaling,
+        call.query * call.scaling,
         keys,
         values,
         call.query.new_zeros(1, 1, 1, 1).expand(batch, call.query.shape[1], *visible.shape[2:]),

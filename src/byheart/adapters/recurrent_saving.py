@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from byheart.adapters.families import input_embedding
-from byheart.adapters.loading import load_transformer
+from byheart.adapters.loading import load_saved_along, load_transformer
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.config import load_config, save_config
 from byheart.errors import CheckpointError
@@ -80,14 +80,9 @@ def load_recurrent(
     manifest = read_manifest(directory)
     require_format(manifest, directory, FORMAT, FORMAT_VERSION)
     if model is None:
-        if not (directory / _MODEL).is_dir():
-            msg = (
-                f"{directory} holds the memory alone, not the {manifest['model_type']} model it "
-                "was put around. Pass that model."
-            )
-            raise CheckpointError(msg)
-        load = load_model if manifest["model_type"] == DECODER else load_transformer
-        model = load(directory / _MODEL)
+        kind = manifest["model_type"]
+        load = load_model if kind == DECODER else load_transformer
+        model = load_saved_along(directory / _MODEL, kind, load)
     mine = (_model_type(model), input_embedding(model).weight.shape[1])
     theirs = (manifest["model_type"], manifest["embed_dim"])
     if mine != theirs:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, cast
+from typing import Annotated, Any, NamedTuple, TypedDict, cast
 
 import torch
 import typer
@@ -25,10 +25,7 @@ from byheart.data.token_cache import TokenizeProgress
 from byheart.data.tokenize import Tokenizer, load_tokenizer
 from byheart.errors import CheckpointError
 from byheart.models.checkpoint import load_model
-from byheart.models.decoder import Decoder
-
-if TYPE_CHECKING:
-    from byheart.adapters.memory_model import MemoryModel
+from byheart.models.segment_model import SegmentModel
 
 err_console = Console(stderr=True)
 """Where progress and messages go: standard output belongs to results."""
@@ -68,7 +65,7 @@ class ReadingOptions(TypedDict, total=False):
 class TrainedModel(NamedTuple):
     """What a training run has left."""
 
-    model: "Decoder | MemoryModel"
+    model: SegmentModel
     tokenizer: Tokenizer
     run_dir: Path
 
@@ -150,13 +147,13 @@ def open_run(run_dir: Path, device: torch.device) -> TrainedModel:
         raise CheckpointError(msg)
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
     fingerprint = tokenizer.fingerprint
-    model: Decoder | MemoryModel
+    model: SegmentModel
     if (run_dir / "model" / _PRETRAINED).is_file():
         # brings transformers, which a decoder need not wait for
         from byheart.adapters.memory_saving import load_attached
 
-        model = load_attached(None, run_dir / "model", tokenizer_fingerprint=fingerprint)
-        model = model.to(device)
+        attached = load_attached(None, run_dir / "model", tokenizer_fingerprint=fingerprint)
+        model = attached.to(device)
     else:
         model = load_model(run_dir / "model", tokenizer_fingerprint=fingerprint, device=device)
     return TrainedModel(model, tokenizer, run_dir)

@@ -26,7 +26,7 @@ from byheart.data.tokenize import Tokenizer
 from byheart.memory.state import MemoryState
 from byheart.models.generate import SamplingConfig
 from byheart.models.generate import generate as generate_tokens
-from byheart.models.segment_model import SegmentModel, StateKeeper
+from byheart.models.segment_model import SegmentModel
 from byheart.models.streaming import read_tokens
 
 # tokens given to the model between two moves of the progress bar
@@ -104,7 +104,7 @@ def _tokens(tokenizer: Tokenizer, text: str, state: MemoryState) -> torch.Tensor
     return torch.tensor([ids], dtype=torch.long, device=state.position.device)
 
 
-def _open_memory(model: StateKeeper, saved: Path | None, memory_size: int | None) -> MemoryState:
+def _open_memory(model: SegmentModel, saved: Path | None, memory_size: int | None) -> MemoryState:
     if saved is None:
         return model.new_state(1, memory_size=memory_size)
     if memory_size is not None:

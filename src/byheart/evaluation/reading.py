@@ -19,13 +19,12 @@ from byheart.ops.losses import IGNORED
 
 
 @contextmanager
-def evaluating(model: SegmentModel | nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode without gradients, and restore each module's mode afterwards.
 
     Args:
         model: The model.
     """
-    assert isinstance(model, nn.Module)
     with eval_mode(model), torch.inference_mode():
         yield
 

@@ -14,7 +14,7 @@ from byheart.models.config import DecoderConfig
 from byheart.models.init import initialize
 from byheart.models.local import LocalContext
 from byheart.models.norm import RMSNorm
-from byheart.models.segment_model import StateKeeper, layer_metrics
+from byheart.models.segment_model import SegmentModel, layer_metrics
 from byheart.ops.losses import IGNORED, cross_entropy
 
 
@@ -66,7 +66,7 @@ class Block(nn.Module):
         return hidden + self.dropout(self.contract(inner)), new
 
 
-class Decoder(nn.Module, StateKeeper):
+class Decoder(SegmentModel):
     """Decoder-only transformer with an XL cache and a kNN memory.
 
     Forward reads memory and never writes it:
@@ -178,8 +178,7 @@ class Decoder(nn.Module, StateKeeper):
             document_start = torch.zeros(batch, dtype=torch.bool, device=device)
         if num_tokens is None:
             num_tokens = torch.full((batch,), num_queries, device=device)
-        self._check(state, batch)
-        state = state.start_documents(document_start)
+        state = self.require_state(state, batch, document_start)
         require_columns(num_tokens, num_queries)
         require_inside_segment(state, num_tokens)
         local = LocalContext.of(
@@ -227,16 +226,6 @@ class Decoder(nn.Module, StateKeeper):
         if logits:
             scores = (hidden @ weight.to(hidden.dtype).T).float()
         return losses, scores
-
-    def _check(self, state: MemoryState, batch: int) -> None:
-        state.require_current()
-        self.config.memory_layout.require_same(state.layout, "The memory state")
-        if state.batch_size != batch:
-            msg = (
-                f"The memory state must have the batch's {batch} rows, got {state.batch_size}. "
-                "Make one with new_state(batch_size) or pick rows with state.select_rows."
-            )
-            raise ValueError(msg)
 
     def memory_metrics(self) -> dict[str, float]:
         """Return the gates and attention scales of the memory layers, for logs."""

@@ -1,11 +1,11 @@
 """What reads a document segment by segment: a `Decoder`, or a pretrained model with memory."""
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from byheart.memory.layout import MemoryLayout
@@ -15,23 +15,37 @@ from byheart.memory.stores import MakeStore
 from byheart.models.fingerprint import model_fingerprint
 
 
-class StateKeeper:
-    """Makes, saves and loads the states of a model: the part that all such models share."""
+class SegmentModel(nn.Module, ABC):
+    """A language model whose memory is a `MemoryState` that its caller keeps.
+
+    Called with `input_ids` and, by name, `state`, `document_start`, `num_tokens` and `targets`, it
+    reads the next tokens of each row, inside of a segment. What it returns has `new_entries`, with
+    targets `token_losses`, and without them `logits`.
+    """
 
     @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Tokens that it can predict."""
+
+    @property
+    @abstractmethod
     def memory_layout(self) -> MemoryLayout:
-        """The shape of the model's memory."""
-        raise NotImplementedError
+        """The shape of its memory."""
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """Where the weights are."""
-        raise NotImplementedError
 
     @property
     def cache_dtype(self) -> torch.dtype:
         """Precision of the XL caches."""
         return torch.float32
+
+    @abstractmethod
+    def memory_metrics(self) -> dict[str, float]:
+        """Return the gates and scales of the memory layers, for logs."""
 
     def new_state(
         self,
@@ -71,7 +85,7 @@ class StateKeeper:
             directory: Where to. It is replaced only when the new one is complete.
         """
         self.memory_layout.require_same(state.layout, "The memory state")
-        save_state(state, Path(directory), fingerprint=self._fingerprint())
+        save_state(state, Path(directory), fingerprint=model_fingerprint(self))
 
     def load_state(self, directory: str | os.PathLike[str]) -> MemoryState:
         """Read a state that these weights have made.
@@ -82,11 +96,42 @@ class StateKeeper:
         Returns:
             The state, on the model's device.
         """
-        fingerprint, path = self._fingerprint(), Path(directory)
+        fingerprint, path = model_fingerprint(self), Path(directory)
         return load_state(path, self.memory_layout, fingerprint=fingerprint, device=self.device)
 
-    def _fingerprint(self) -> str:
-        return model_fingerprint(cast("nn.Module", self))
+    def require_state(
+        self, state: MemoryState, batch_size: int, document_start: Bool[Tensor, " batch"]
+    ) -> MemoryState:
+        """Refuse a state that a batch cannot continue.
+
+        Args:
+            state: What the rows have read.
+            batch_size: Rows of the batch.
+            document_start: Rows that begin a new document.
+
+        Returns:
+            The state in which those rows have read nothing.
+
+        Raises:
+            MemoryStateError: If it is used up or was made for another model.
+            ValueError: If it has other rows or is on another device.
+        """
+        state.require_current()
+        self.memory_layout.require_same(state.layout, "The memory state")
+        if state.batch_size != batch_size:
+            msg = (
+                f"The memory state must have the batch's {batch_size} rows, got "
+                f"{state.batch_size}. Make one with new_state(batch_size) or pick rows with "
+                "state.select_rows."
+            )
+            raise ValueError(msg)
+        if state.position.device != document_start.device:
+            msg = (
+                f"The memory state must be on the batch's device, {document_start.device}, got "
+                f"{state.position.device}. Move it with state.to."
+            )
+            raise ValueError(msg)
+        return state.start_documents(document_start)
 
 
 def layer_metrics(
@@ -108,33 +153,3 @@ def layer_metrics(
         metrics[f"gate/layer{layer}/min"] = gate.min().item()
         metrics[f"gate/layer{layer}/max"] = gate.max().item()
     return metrics
-
-
-@runtime_checkable
-class SegmentModel(Protocol):
-    """A language model whose memory is a `MemoryState` that its caller keeps."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that it can predict."""
-
-    @property
-    def memory_layout(self) -> MemoryLayout:
-        """The shape of its memory."""
-
-    def new_state(self, batch_size: int, *, memory_size: int | None = None) -> MemoryState:
-        """Make a state in which no row has read anything."""
-
-    def __call__(
-        self,
-        input_ids: Int[Tensor, "batch query"],
-        *,
-        state: MemoryState | None = None,
-        document_start: Bool[Tensor, " batch"] | None = None,
-        num_tokens: Int[Tensor, " batch"] | None = None,
-        targets: Int[Tensor, "batch query"] | None = None,
-    ) -> Any:
-        """Read the next tokens of each row, inside of a segment.
-
-        The result has `new_entries`; `logits` without targets, `token_losses` with them.
-        """
