@@ -32,6 +32,7 @@ test: check
 bench: setup
 	$(BIN)/python -m benchmarks.search --quick
 	$(BIN)/python -m benchmarks.step --quick
+	$(BIN)/python -m benchmarks.attach --quick
 	$(BIN)/python -m benchmarks.rmt --quick --rounds 1
 
 # without its own dependencies: it asks for faiss-gpu, and runs on faiss-cpu
