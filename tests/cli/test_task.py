@@ -155,6 +155,14 @@ def test_reproduce_trains_once_and_compares_with_the_report(command, stories, tm
     assert "Going on with" in err
     assert again == out
     assert (tmp_path / "seed-1" / "model" / "recurrent_memory.safetensors").read_bytes() == weights
+    # a length more costs that length alone: what was measured is as it was, its seconds included
+    kept = json.loads((tmp_path / "seed-0" / "segments.json").read_text())["result"]["measurements"]
+    code, longer, err = command(*arguments, "--segments", "3,5,2")
+    assert code == 0, err
+    measured = json.loads((tmp_path / "seed-0" / "segments.json").read_text())["result"]
+    assert [entry["num_segments"] for entry in measured["measurements"]] == [2, 3, 5]
+    assert measured["measurements"][:2] == kept
+    assert longer.index("| 3 |") < longer.index("| 5 |") < longer.index("| 2 |")
 
 
 def test_generalization_measures_every_stage_and_goes_on_by_itself(command, stories, tmp_path):

@@ -158,13 +158,13 @@ def _measure(
     trained = load_task_run(directory, stage=stage)
     settings = {
         "model_fingerprint": model_fingerprint(trained.memory_model),
-        "segments": list(lengths),
         "samples": samples,
     }
     return measure_once(
         directory / f"segments-stage-{stage}.json",
         settings,
-        lambda: measure_trained(
-            trained, lengths, samples=samples, rows=rows, device=str(find_device(None))
+        lengths,
+        lambda length: measure_trained(
+            trained, (length,), samples=samples, rows=rows, device=str(find_device(None))
         ),
     )

@@ -1,7 +1,7 @@
 """The runs behind reproduced figures: trained and measured once, whatever interrupts them."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -90,28 +90,39 @@ def learn_seeds(
 
 
 def measure_once(
-    file: Path, settings: Mapping[str, object], measure: Callable[[], "SegmentsResult"]
+    file: Path,
+    settings: Mapping[str, object],
+    lengths: Sequence[int],
+    measure: Callable[[int], "SegmentsResult"],
 ) -> "SegmentsResult":
-    """Measure a model, or find what was measured before.
+    """Measure a model at some lengths, but for those where it was measured before.
 
     Args:
-        file: Where the result is kept.
-        settings: What it depends on.
-        measure: Called if there is no result with these settings.
+        file: Where the result is kept; it is written after each length.
+        settings: What the result depends on.
+        lengths: Numbers of segments.
+        measure: Called with each length that is not there with these settings.
 
     Returns:
         Accuracy by length.
     """
     from byheart.evaluation.segments_result import SegmentsResult
 
+    known: dict[int, SegmentsResult] = {}
     if file.is_file():
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["settings"] == settings:
-            return SegmentsResult.from_dict(content["result"])
-    result = measure()
-    content = {"settings": settings, "result": result.to_dict()}
-    write_text_atomic(file, json.dumps(content, indent=2) + "\n")
-    return result
+            known = SegmentsResult.from_dict(content["result"]).by_length()
+    for length in lengths:
+        if length in known:
+            continue
+        known[length] = measure(length)
+        content = {
+            "settings": settings,
+            "result": SegmentsResult.joined([known[one] for one in sorted(known)]).to_dict(),
+        }
+        write_text_atomic(file, json.dumps(content, indent=2) + "\n")
+    return SegmentsResult.joined([known[length] for length in lengths])
 
 
 def _learn(run: TaskRunConfig, directory: Path) -> str:

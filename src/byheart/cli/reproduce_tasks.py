@@ -175,19 +175,15 @@ def _write_attention(run: Path, out: Path, *, plot: bool) -> list[Path]:
 
 def _measure(plan: _Plan, directory: Path) -> "SegmentsResult":
     trained = json.loads((directory / "result.json").read_text(encoding="utf-8"))
-    settings = {
-        "model_fingerprint": trained["model_fingerprint"],
-        "segments": list(plan.segments),
-        "samples": plan.samples,
-    }
+    settings = {"model_fingerprint": trained["model_fingerprint"], "samples": plan.samples}
 
-    def measure() -> "SegmentsResult":
+    def measure(length: int) -> "SegmentsResult":
         return measure_run(
             directory,
-            plan.segments,
+            (length,),
             samples=plan.samples,
             rows=plan.run.evaluation.rows,
             device=str(find_device(None)),
         )
 
-    return measure_once(directory / "segments.json", settings, measure)
+    return measure_once(directory / "segments.json", settings, plan.segments, measure)

@@ -2,8 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from byheart.config import from_dict, to_dict
 from byheart.evaluation.tables import Grid, format_number, markdown_table
@@ -68,6 +68,27 @@ class SegmentsResult:
     """Answers to choose from."""
     measurements: tuple[SegmentsMeasurement, ...]
     """One per length, in the order they were asked for."""
+
+    @classmethod
+    def joined(cls, results: "Sequence[SegmentsResult]") -> "SegmentsResult":
+        """Put results of one model on one task together.
+
+        Args:
+            results: One or more, in the order of their measurements.
+
+        Returns:
+            All measurements.
+        """
+        measurements = tuple(m for result in results for m in result.measurements)
+        return replace(results[0], measurements=measurements)
+
+    def by_length(self) -> "dict[int, SegmentsResult]":
+        """Take the result apart.
+
+        Returns:
+            A result for each number of segments.
+        """
+        return {m.num_segments: replace(self, measurements=(m,)) for m in self.measurements}
 
     def to_dict(self) -> dict[str, object]:
         """Give everything measured and derived, for JSON.
