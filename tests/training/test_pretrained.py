@@ -10,9 +10,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.memory_saving import load_attached
+from byheart.data.token_cache import tokenize_corpus
+from byheart.data.tokenize import ByteTokenizer
 from byheart.errors import CheckpointError
 from byheart.memory.config import KnnMemoryConfig
-from byheart.training.config import DataConfig, ModelConfig, PretrainedConfig, RunConfig
+from byheart.training.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    PretrainedConfig,
+    RunConfig,
+)
 from byheart.training.run import train
 
 SENTENCE = "The old key opens the new door. "
@@ -121,3 +129,38 @@ def test_what_does_not_fit_is_refused(run, tmp_path):
     path = str(tmp_path / "small")
     with pytest.raises(ValueError, match="at most the 30 tokens of"):
         train(replace(run, pretrained=replace(run.pretrained, path=path)), tmp_path / "run")
+
+
+def test_short_texts_are_measured_before_and_after(run, llama, tmp_path):
+    run = replace(run, evaluation=EvaluationConfig(short_tokens=9, rows=2))
+    result = train(run, tmp_path / "run")
+    evaluations = [line for line in losses(tmp_path / "run") if "loss" not in line]
+    assert [line["step"] for line in evaluations] == [0, 3, 6]
+    before, after = result.evaluation_before, result.evaluation
+    # what the model alone says of the first tokens
+    alone = LlamaForCausalLM.from_pretrained(llama)
+    corpus = tokenize_corpus(run.data.validation, ByteTokenizer(), tmp_path / "cache")
+    nats, count = 0.0, 0
+    for index in range(corpus.num_documents):
+        ids = torch.from_numpy(corpus.document(index)[:9].astype(int))[None]
+        with torch.no_grad():
+            nats += float(alone(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert before["nats_per_token/short"] == pytest.approx(nats / count, abs=1e-5)
+    assert after["nats_per_token/short"] < before["nats_per_token/short"]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["evaluation_before"] == before
+    # resuming neither measures the beginning again nor forgets it
+    steps = replace(run, training=replace(run.training, max_steps=8))
+    resumed = train(steps, tmp_path / "run", resume=True)
+    assert resumed.evaluation_before == before
+
+
+def test_layers_computed_again_give_the_same_run(run, tmp_path):
+    train(run, tmp_path / "kept")
+    changed = replace(run.pretrained, gradient_checkpointing=True)
+    again = replace(run, pretrained=changed)
+    train(again, tmp_path / "again")
+    assert losses(tmp_path / "again") == losses(tmp_path / "kept")
+    # a run may go on with the other setting
+    longer = replace(again, training=replace(run.training, max_steps=7))
+    assert train(longer, tmp_path / "kept", resume=True).resumed_from == 6

@@ -26,7 +26,7 @@ from byheart.cli.task import train_task
 from byheart.config import apply_overrides, load_config, to_dict
 from byheart.recipes import RECIPES, TASK_RECIPES
 from byheart.recipes.text import YOUR_MODEL
-from byheart.training.config import RunConfig
+from byheart.training.config import SHORT_LOSS, RunConfig
 from byheart.training.task_config import TaskRunConfig
 
 if TYPE_CHECKING:
@@ -110,6 +110,12 @@ def _show_result(result: "TrainResult", directory: Path) -> None:
         f"{result.loss:.4f} nats per token. The run is in {directory}.",
         highlight=False,
     )
+    before, after = (m.get(SHORT_LOSS) for m in (result.evaluation_before, result.evaluation))
+    if before is not None and after is not None:
+        err_console.print(
+            f"Short texts without memory: {before:.4f} nats per token before, {after:.4f} after.",
+            highlight=False,
+        )
     err_console.print(f"Evaluate it: byheart evaluate {directory}", highlight=False)
 
 

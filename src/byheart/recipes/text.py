@@ -4,6 +4,7 @@ from byheart.adapters.attach_config import AttachConfig
 from byheart.memory.config import KnnMemoryConfig
 from byheart.training.config import (
     DataConfig,
+    EvaluationConfig,
     ModelConfig,
     PretrainedConfig,
     RunConfig,
@@ -55,6 +56,7 @@ def attach() -> RunConfig:
             weight_decay=0.0,
             precision="bfloat16",
         ),
+        evaluation=EvaluationConfig(short_tokens=512),
     )
 
 

@@ -21,6 +21,10 @@ __all__ = [
 _DEFAULT_MIN_RATIO = 0.1
 
 
+SHORT_LOSS = "nats_per_token/short"
+"""Metric of `EvaluationConfig.short_tokens`."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """How a model is trained. Optimizer: AdamW; loss: mean over the predicted tokens of a step."""
@@ -172,6 +176,9 @@ class PretrainedConfig:
     """Take random weights, of the shape that the folder's config.json names."""
     trains: Literal["all", "memory"] = "all"
     """Which weights learn: all, or those of the memory alone."""
+    gradient_checkpointing: bool = False
+    """Keep no activations of the layers and compute them again in the backward pass: less memory,
+    about a third more time, the same gradients."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,6 +237,10 @@ class EvaluationConfig:
     """Only the first so many documents; `None` for all."""
     max_tokens: int | None = None
     """Only the first so many tokens of each document; `None` for all."""
+    short_tokens: int | None = None
+    """Measure the first so many tokens of each document without kNN memory, too, and everything
+    once before the first step: does a model that learns to use memory lose anything on short texts?
+    `None` for neither."""
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -237,6 +248,7 @@ class EvaluationConfig:
             ("max_documents", self.max_documents, 1),
             # of two tokens one is predicted
             ("max_tokens", self.max_tokens, 2),
+            ("short_tokens", self.short_tokens, 2),
         ):
             if value is not None:
                 _require_at_least(name, value, least)

@@ -35,6 +35,8 @@ def make_model(run: RunConfig, vocab_size: int) -> TrainableModel:
         assert run.model is not None
         return Decoder(run.model.resolve(vocab_size))
     model = MemoryModel(_transformer(run.pretrained), run.pretrained.memory)
+    if run.pretrained.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     if run.pretrained.trains == "memory":
         _freeze_all_but(model, model.memory_parameters())
     return model
@@ -59,6 +61,8 @@ def model_identity(run: RunConfig, vocab_size: int) -> dict[str, Any]:
     description = to_dict(run.pretrained)
     # the folder may be moved; what is trained is in the checkpoint
     del description["path"]
+    # bit for bit the same gradients
+    del description["gradient_checkpointing"]
     config = _config(run.pretrained)
     known = config.get_text_config().vocab_size
     if vocab_size > known:

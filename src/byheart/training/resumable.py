@@ -93,6 +93,10 @@ class ResumableTrainer(Trainer, ABC):  # type: ignore[misc]
         """Prepare for step 0."""
 
     @abstractmethod
+    def _start(self) -> None:
+        """Do what comes before the first step."""
+
+    @abstractmethod
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Take over what `_save_parts` has written."""
 
@@ -136,7 +140,9 @@ class ResumableTrainer(Trainer, ABC):  # type: ignore[misc]
         if self.is_world_process_zero():
             self.metrics.truncate(0 if checkpoint is None else checkpoint.step)
         self._emit("start", {"resumed_from": self._resumed_from})
-        if checkpoint is not None:
+        if checkpoint is None:
+            self._start()
+        else:
             self._catch_up(checkpoint)
             if self._is_done(checkpoint.step):
                 return

@@ -4,10 +4,12 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -28,7 +30,7 @@ from byheart.training.checkpoint import (
     has_checkpoints,
     remove_checkpoints,
 )
-from byheart.training.config import EvaluationConfig, RunConfig
+from byheart.training.config import SHORT_LOSS, EvaluationConfig, RunConfig
 from byheart.training.data import RunData, load_data, make_dataset
 from byheart.training.identity import run_identity
 from byheart.training.metrics import MetricsFile, plain_number
@@ -63,6 +65,8 @@ class TrainResult:
     after the last step."""
     evaluation: Mapping[str, float]
     """Metrics of the last evaluation; empty without validation documents."""
+    evaluation_before: Mapping[str, float]
+    """Metrics before the first step; empty unless `evaluation.short_tokens` asks for them."""
 
 
 def train(
@@ -198,6 +202,7 @@ def _train(
         evaluate=evaluate,
         on_event=on_event,
     )
+    trainer.evaluates_first = run.evaluation.short_tokens is not None
     trainer.train(parts.checkpoint)
     return model
 
@@ -216,6 +221,17 @@ def _evaluation(
             tokenizer=tokenizer,
         )
         metrics = {}
+        if config.short_tokens is not None:
+            short = evaluate_perplexity(
+                model,
+                corpus,
+                memory_sizes=(0,),
+                rows=config.rows,
+                max_documents=config.max_documents,
+                max_tokens_per_document=min(config.short_tokens, config.max_tokens or sys.maxsize),
+                tokenizer=tokenizer,
+            )
+            metrics[SHORT_LOSS] = short.measurements[0].nats_per_token
         for measurement in result.measurements:
             suffix = f"memory_{measurement.memory_size}"
             metrics[f"nats_per_token/{suffix}"] = measurement.nats_per_token
@@ -308,7 +324,14 @@ def _result(out: Path, model: TrainableModel, parts: _Parts) -> TrainResult:
         _LOGGER.warning("%s has no log line: loss and tokens read are unknown.", out / METRICS)
         logs = [{"loss": "nan", "num_tokens": None}]
     evaluations = [line for line in lines if "loss" not in line]
-    last = evaluations[-1] if evaluations else {}
+
+    def metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
+        return {
+            name.removeprefix("evaluation/"): float(value)
+            for name, value in line.items()
+            if name != "step"
+        }
+
     return TrainResult(
         out_dir=out,
         model_dir=out / MODEL,
@@ -317,11 +340,10 @@ def _result(out: Path, model: TrainableModel, parts: _Parts) -> TrainResult:
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_tokens=logs[-1]["num_tokens"],
         loss=float(logs[-1]["loss"]),
-        evaluation={
-            name.removeprefix("evaluation/"): float(value)
-            for name, value in last.items()
-            if name != "step"
-        },
+        evaluation=metrics_of(evaluations[-1]) if evaluations else {},
+        evaluation_before=(
+            metrics_of(evaluations[0]) if evaluations and evaluations[0]["step"] == 0 else {}
+        ),
     )
 
 
@@ -332,10 +354,15 @@ def _write_result(result: TrainResult, parts: _Parts) -> None:
         "num_parameters": result.num_parameters,
         "num_tokens": result.num_tokens,
         "loss": plain_number(result.loss),
-        "evaluation": {name: plain_number(value) for name, value in result.evaluation.items()},
+        "evaluation": _plain(result.evaluation),
+        "evaluation_before": _plain(result.evaluation_before),
         "num_documents": parts.data.train.num_documents,
         "documents_fingerprint": parts.data.train.fingerprint,
         "tokenizer_fingerprint": parts.data.tokenizer.fingerprint,
         "versions": {name: version(name) for name in ("byheart", "torch", "transformers")},
     }
     write_text_atomic(result.out_dir / _RESULT, json.dumps(content, indent=2) + "\n")
+
+
+def _plain(metrics: Mapping[str, float]) -> dict[str, Any]:
+    return {name: plain_number(value) for name, value in metrics.items()}

@@ -231,6 +231,9 @@ class TaskTrainer(ResumableTrainer):
         metrics |= {"learning_rate": logs["learning_rate"], "gradient_norm": logs["grad_norm"]}
         self._write("log", metrics | {"stage": self.curriculum.stage})
 
+    def _start(self) -> None:
+        """Stages are evaluated when their steps are due, and nothing before."""
+
     def _begin(self) -> None:
         self.curriculum = Curriculum(config=self.run.curriculum)
         decay = self.run.training.average_decay

@@ -81,6 +81,8 @@ class MemoryTrainer(ResumableTrainer):
         self._micro_batch = 0
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self._measure = evaluate
+        self.evaluates_first = False
+        """Whether to measure once before the first step, too."""
         self._model_identity = to_dict(model.config) if identity is None else identity
 
     def identity(self) -> dict[str, Any]:
@@ -230,6 +232,10 @@ class MemoryTrainer(ResumableTrainer):
         )
         self._meter.load_state(sums)
         self._micro_batch = 0
+
+    def _start(self) -> None:
+        if self.evaluates_first and self._measure is not None:
+            self.evaluate()
 
     def _catch_up(self, checkpoint: Checkpoint) -> None:
         step, lines = checkpoint.step, self.metrics.read()
