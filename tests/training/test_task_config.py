@@ -34,7 +34,7 @@ def test_special_tokens_stand_where_the_report_has_them():
 def test_only_training_has_fragments():
     part = TaskPart(name="detect", fragments=0.25)
     assert [part.resolve(9, split).fragments for split in ("train", "validation")] == [0.25, 0.0]
-    assert TaskPart(name="detect").resolve(9, "train").fragments == 0.5
+    assert TaskPart(name="detect").resolve(9, "train").fragments == 2
     assert TaskPart(name="detect", form="report").resolve(9, "train").fragments == 0
     with pytest.raises(ValueError, match=r"fragments must be 0 for form='report', got 0\.25"):
         TaskPart(name="detect", form="report", fragments=0.25)

@@ -20,7 +20,7 @@ __all__ = [
 
 # BERT's window: [CLS] memory [SEP] text [SEP]
 _SPECIAL_TOKENS = 3
-_FRAGMENTS = 0.5
+_FRAGMENTS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class TaskPart:
     """File of stories, such as bAbI task 4; `reason` only. `None` takes all bAbI could make."""
     fragments: float | None = None
     """Parts of facts per segment, on average, in the background of training: only whole facts
-    count. `None` is one for every other segment, and none in the report's form. Evaluation has
+    count. `None` is two per segment, and none in the report's form. Evaluation has
     only what its stories have."""
     background: str | None = None
     """Documents around the facts of training; `None` takes the stories that come with byheart."""
@@ -199,7 +199,7 @@ class CurriculumConfig:
     """Held-out documents of an evaluation."""
     stage_steps: int = 4000
     """Steps that a stage may take; then the run ends, and says which stage was not reached."""
-    continue_steps: int = 500
+    continue_steps: int = 800
     """Steps after the last stage has been reached: accuracy on longer documents still rises."""
     keep_stages: bool = False
     """Whether the model is kept as it was when each stage was reached. That is a whole model per
