@@ -122,7 +122,7 @@ def main() -> None:
     make_shape(shape, str(arguments.data))
     arguments.out.mkdir(parents=True, exist_ok=True)
     corpus = tokenize_corpus(str(arguments.validation), load_tokenizer(str(shape)))
-    summary: dict[str, Any] = {"machine": machine_info([]), "runs": {}}
+    summary: dict[str, Any] = {"machine": machine_info(["transformers"]), "runs": {}}
     for name, run in runs(arguments, shape).items():
         if name not in arguments.runs:
             continue

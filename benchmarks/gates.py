@@ -1,0 +1,102 @@
+"""Which gate, rate and place of the queries learns fastest on a pretrained model?
+
+    python -m benchmarks.gates --data TRAIN --validation VALIDATION --out DIRECTORY --work RUNS
+
+Takes the model without memory that `benchmarks.finetune` has left in RUNS, puts a memory on it in
+different ways, and fine-tunes each for 4 % of its steps, on the same segments in the same order.
+Each way changes one thing of the first. Interrupted, the same command goes on.
+"""
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.finetune import MEMORY, MEMORY_SIZE, learn, runs
+from benchmarks.harness import machine_info
+from byheart.adapters.memory_saving import load_attached
+from byheart.data.token_cache import tokenize_corpus
+from byheart.data.tokenize import load_tokenizer
+from byheart.evaluation.perplexity import evaluate_perplexity
+from byheart.memory.config import KnnMemoryConfig
+from byheart.training.config import RunConfig
+
+MAX_DOCUMENTS, MAX_TOKENS = 8, 8192
+
+
+def ways(tuned: RunConfig) -> dict[str, RunConfig]:
+    """Return the runs to compare, by name; the first is what the others change."""
+
+    def change(*, factor: float | None = None, **memory: Any) -> RunConfig:
+        assert tuned.pretrained is not None
+        pretrained = replace(tuned.pretrained, memory=replace(MEMORY, **memory))
+        training = tuned.training
+        if factor is not None:
+            training = replace(training, gate_learning_rate_factor=factor)
+        return replace(tuned, pretrained=pretrained, training=training)
+
+    def knn(**changes: Any) -> KnnMemoryConfig:
+        assert MEMORY.knn is not None
+        return replace(MEMORY.knn, **changes)
+
+    return {
+        "tanh gate": change(),
+        "linear gate": change(gate="linear"),
+        "sigmoid gate from -3": change(gate="sigmoid", gate_init=-3.0),
+        "sigmoid gate from 0": change(gate="sigmoid"),
+        "gates at the model's own rate": change(factor=1.0),
+        "gates at 100 times the rate": change(factor=100.0),
+        "content gate": change(knn=knn(combine="content_gate")),
+        "joint softmax": change(knn=knn(combine="joint")),
+        "queries at the window's end": change(memory_position="window"),
+        "queries at their own place": change(memory_position="local"),
+        "keys as the model has them": change(normalize_qk=False),
+        "no age slope": change(knn=knn(age_slope=0.0)),
+        "layer 3 of 6": change(knn=knn(layers=(2,))),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--validation", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--tune-rate", type=float, default=5e-4)
+    parser.add_argument("--gate-factor", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    shape = arguments.work / "shape"
+    tokenizer = load_tokenizer(str(shape))
+    corpus = tokenize_corpus(str(arguments.validation), tokenizer)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    summary: dict[str, Any] = {"machine": machine_info(["transformers"]), "ways": {}}
+    for name, run in ways(runs(arguments, shape)["tuned"]).items():
+        directory = arguments.work / "gates" / name.replace(" ", "-")
+        learn(run, directory)
+        file = f"{name.replace(' ', '-')}.metrics.jsonl"
+        shutil.copy(directory / "metrics.jsonl", arguments.out / file)
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        last = losses[-len(losses) // 4 :]
+        measured = evaluate_perplexity(
+            load_attached(None, directory / "model"), corpus, memory_sizes=(0, MEMORY_SIZE),
+            rows=8, max_documents=MAX_DOCUMENTS, max_tokens_per_document=MAX_TOKENS,
+            tokenizer=tokenizer,
+        )  # fmt: skip
+        without, with_memory = (m.nats_per_token for m in measured.measurements)
+        summary["ways"][name] = {
+            "steps": run.training.max_steps,
+            "loss_of_the_last_fourth": sum(last) / len(last),
+            "nats_without_memory": without,
+            "nats_with_memory": with_memory,
+        }
+        (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2))
+        print(f"{name}: {without:.4f} {with_memory:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
