@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.byheart-setup
 
-.PHONY: setup demo test check bench bench-peers clean
+# pairs of torch and transformers that must work: the oldest that pyproject.toml allows, and newer ones
+MATRIX ?= 2.11.0,5.17.0 2.13.0,5.17.0 2.13.0,5.23.0
+
+.PHONY: setup demo test test-matrix check bench bench-peers clean
 
 setup: $(STAMP)
 
@@ -29,6 +32,17 @@ check: setup
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+# the tests of what depends on either, with each pair in an environment of its own
+test-matrix:
+	for pair in $(MATRIX); do \
+		torch=$${pair%,*} transformers=$${pair#*,} venv=$(VENV)-matrix/$$pair; \
+		$(PYTHON) -m venv $$venv && \
+		$$venv/bin/python -m pip install --quiet torch==$$torch transformers==$$transformers -e '.[dev]' && \
+		echo "torch $$torch, transformers $$transformers" && \
+		OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -n 2 --dist worksteal \
+			tests/adapters tests/laws tests/models tests/ops tests/training || exit 1; \
+	done
+
 bench: setup
 	$(BIN)/python -m benchmarks.search --quick
 	$(BIN)/python -m benchmarks.step --quick
@@ -42,4 +56,4 @@ bench-peers: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-matrix .pytest_cache .mypy_cache .ruff_cache

@@ -1,13 +1,11 @@
 """`byheart train attach`: a memory on a pretrained model, from the command line."""
 
 import json
-import sys
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from byheart.cli.main import main
 from byheart.data.tokenize import BpeTokenizer
 
 WORDS = [
@@ -29,23 +27,6 @@ WORDS = [
     "again",
 ]
 LAYER_9 = "--set=pretrained.memory.knn.layers=[9]"
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("BYHEART_CACHE", str(tmp_path / "cache"))
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["byheart", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, " ".join(err.replace("│", " ").split())
-
-    return run
 
 
 @pytest.fixture

@@ -14,73 +14,9 @@ from rich.console import Console
 from byheart.cli import common
 from byheart.cli import train as train_command
 from byheart.cli.common import parse_sizes
-from byheart.cli.main import main
 from byheart.data.tokenize import ByteTokenizer
 from byheart.models.checkpoint import load_model
 from byheart.models.fingerprint import model_fingerprint
-
-SMALL = [
-    "--set=model.num_layers=2",
-    "--set=model.embed_dim=32",
-    "--set=model.num_heads=2",
-    "--set=model.head_dim=16",
-    "--set=model.hidden_dim=64",
-    "--set=model.segment_length=32",
-    "--set=model.xl_cache_length=32",
-    "--set=model.knn_memory.layers=[1]",
-    "--set=model.knn_memory.memory_size=128",
-    "--set=model.knn_memory.top_k=4",
-    "--set=training.max_steps=12",
-    "--set=training.warmup_steps=2",
-    "--set=training.rows_per_device=2",
-    "--set=training.save_every=6",
-    "--set=training.log_every=4",
-    "--set=training.precision=float32",
-    "--set=data.tokenizer=bytes",
-]
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("documents")
-    for name, words in (("one", "the cat sat on the mat "), ("two", "a dog ran to the gate ")):
-        (folder / f"{name}.txt").write_text(words * 60, encoding="utf-8")
-    return folder
-
-
-def byheart(monkeypatch, capsys, *arguments):
-    """Run the command in this process; give exit code, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["byheart", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    out, err = capsys.readouterr()
-    return code, out, " ".join(err.replace("│", " ").split())
-
-
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("BYHEART_CACHE", str(tmp_path / "cache"))
-    return lambda *arguments: byheart(monkeypatch, capsys, *arguments)
-
-
-@pytest.fixture(scope="module")
-def run_dir(documents, tmp_path_factory):
-    """One run for all tests, made in a process of its own as a user would."""
-    directory = tmp_path_factory.mktemp("runs") / "mine"
-    result = subprocess.run(
-        [
-            sys.executable, "-m", "byheart.cli.main", "train", "text", "--data", documents,
-            "--validation", documents, "--out", directory, "--json", *SMALL,
-        ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["steps"] == 12
-    return directory
 
 
 def test_a_run_leaves_config_log_and_model(run_dir):
@@ -286,7 +222,7 @@ def test_wrong_usage_exits_with_2(command, arguments, message):
     assert message in err
 
 
-def test_failures_exit_with_1_and_one_clear_line(command, run_dir, documents, tmp_path):
+def test_failures_exit_with_1_and_one_clear_line(command, run_dir, documents, tmp_path, small):
     empty = tmp_path / "empty"
     empty.mkdir()
     latin = tmp_path / "latin.txt"
@@ -294,12 +230,15 @@ def test_failures_exit_with_1_and_one_clear_line(command, run_dir, documents, tm
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "x"}\n')
     for arguments, message in (
-        (["train", "text", "--data", empty, *SMALL], "empty"),
-        (["train", "text", "--data", latin, *SMALL], "latin.txt"),
-        (["train", "text", "--data", short, *SMALL], "short.jsonl"),
-        (["train", "text", "--data", tmp_path / "nowhere", *SMALL], "existing file or folder"),
+        (["train", "text", "--data", empty, *small], "empty"),
+        (["train", "text", "--data", latin, *small], "latin.txt"),
+        (["train", "text", "--data", short, *small], "short.jsonl"),
+        (
+            ["train", "text", "--data", tmp_path / "nowhere", *small],
+            "existing file or folder",
+        ),
         (["evaluate", tmp_path], "must hold a finished run"),
-        (["train", "text", "--data", documents, "--out", run_dir, *SMALL], "resume"),
+        (["train", "text", "--data", documents, "--out", run_dir, *small], "resume"),
         (["generate", run_dir, "--prompt", "x", "--memory", tmp_path / "nowhere"], "no directory"),
     ):
         code, out, err = command(*arguments)
@@ -328,9 +267,9 @@ def test_a_model_refuses_another_tokenizer(command, run_dir, documents, tmp_path
     assert "was trained with the tokenizer" in err
 
 
-def test_a_diverged_run_is_valid_json(command, documents, tmp_path):
+def test_a_diverged_run_is_valid_json(command, documents, tmp_path, small):
     code, out, err = command(
-        "train", "text", "--data", documents, "--out", tmp_path / "nan", "--json", *SMALL,
+        "train", "text", "--data", documents, "--out", tmp_path / "nan", "--json", *small,
         "--set=training.learning_rate=1e30", "--set=training.max_steps=4",
         "--set=model.knn_memory=null",
     )  # fmt: skip
@@ -339,9 +278,9 @@ def test_a_diverged_run_is_valid_json(command, documents, tmp_path):
     assert result["loss"] is None
 
 
-def test_learning_a_tokenizer_says_so(command, documents, tmp_path):
+def test_learning_a_tokenizer_says_so(command, documents, tmp_path, small):
     code, _, err = command(
-        "train", "text", "--data", documents, "--out", tmp_path / "bpe", *SMALL,
+        "train", "text", "--data", documents, "--out", tmp_path / "bpe", *small,
         "--set=data.tokenizer=bpe:270", "--set=training.max_steps=1",
     )  # fmt: skip
     assert code == 0, err

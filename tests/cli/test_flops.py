@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-from byheart.cli.main import main
 from byheart.cli.reproduce import FIGURES
 from byheart.cli.reproduce_flops import PUBLISHED_RATIOS
 
@@ -16,22 +15,6 @@ RATIOS = {
     "opt-30b": 48.385,
     "opt-175b": 29.015,
 }
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*arguments, columns=200):
-        monkeypatch.setattr(sys, "argv", ["byheart", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", str(columns))
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, " ".join(err.replace("│", " ").split())
-
-    return run
 
 
 @pytest.fixture

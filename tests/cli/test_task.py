@@ -36,24 +36,6 @@ def stories(tmp_path_factory):
     ]
 
 
-def byheart(monkeypatch, capsys, *arguments):
-    """Run the command in this process; give exit code, standard output and standard error."""
-    monkeypatch.setattr(sys, "argv", ["byheart", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    out, err = capsys.readouterr()
-    return code, out, " ".join(err.replace("│", " ").split())
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    return lambda *arguments: byheart(monkeypatch, capsys, *arguments)
-
-
 @pytest.fixture(scope="module")
 def run_dir(stories, tmp_path_factory):
     """One run for all tests; not to be changed."""

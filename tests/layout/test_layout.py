@@ -56,7 +56,7 @@ def test_importing_byheart_imports_nothing_heavy_but_torch():
     loaded = set(run(code).stdout.split())
     assert "byheart" in loaded
     extras = {"transformers", "accelerate", "faiss", "matplotlib", "tensorboard", "zstandard"}
-    assert not loaded & (extras | {"typer", "hypothesis", "beartype"})
+    assert not loaded & (extras | {"lm_eval", "typer", "hypothesis", "beartype"})
 
 
 def test_every_module_imports_without_the_extras():

@@ -26,6 +26,19 @@ from byheart.cli.common import (
     reading_options,
     tokenize_progress,
 )
+from byheart.cli.suites import (
+    FewShotOption,
+    IncludePathOption,
+    KeysOption,
+    LengthsOption,
+    LimitOption,
+    SamplesOption,
+    StoriesOption,
+    SuiteOption,
+    SuiteOptions,
+    TasksOption,
+    run_suite,
+)
 from byheart.config import load_config, write_text_atomic
 from byheart.data.corpus import TokenizedCorpus
 from byheart.data.token_cache import tokenize_corpus
@@ -38,6 +51,26 @@ from byheart.training.config import RunConfig
 
 XlCache = Literal["with", "without", "both"]
 
+DocumentsArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        help="Documents; without them the run's validation documents. For probes the text around "
+        "what is to be found; without them short stories."
+    ),
+]
+MemorySizeOption = Annotated[
+    str, typer.Option(help="Sizes of the kNN memory, 0 for none: 0,2048,8K,64K.")
+]
+XlCacheOption = Annotated[str | None, typer.Option(help="with, without or both; default: with.")]
+RowsOption = Annotated[int, typer.Option(min=1, help="Documents read side by side.")]
+MaxDocumentsOption = Annotated[int | None, typer.Option(min=1, help="Only the first so many.")]
+MaxTokensOption = Annotated[int | None, typer.Option(min=2, help="Only so many of each document.")]
+OutOption = Annotated[
+    Path | None, typer.Option(help="Directory for result and plots; default: RUN/evaluation.")
+]
+PlotOption = Annotated[bool, typer.Option(help="Draw perplexity and loss by position.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -46,56 +79,100 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
-    documents: Annotated[
-        Path | None, typer.Argument(help="Documents; without them the run's validation documents.")
-    ] = None,
+    documents: DocumentsArgument = None,
     *,
-    memory_size: Annotated[
-        str, typer.Option(help="Sizes of the kNN memory, 0 for none: 0,2048,8K,64K.")
-    ] = "",
-    xl_cache: Annotated[str, typer.Option(help="with, without or both.")] = "with",
-    rows: Annotated[int, typer.Option(min=1, help="Documents read side by side.")] = 8,
-    max_documents: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Only so many of each document.")
-    ] = None,
+    suite: SuiteOption = "perplexity",
+    memory_size: MemorySizeOption = "",
+    xl_cache: XlCacheOption = None,
+    rows: RowsOption = 8,
+    max_documents: MaxDocumentsOption = None,
+    max_tokens: MaxTokensOption = None,
     folder_as: FolderAsOption = None,
     skip_bad: SkipBadOption = False,
     text_key: TextKeyOption = None,
     suffix: SuffixOption = None,
     device: DeviceOption = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for result and plots; default: RUN/evaluation.")
-    ] = None,
-    plot: Annotated[bool, typer.Option(help="Draw perplexity and loss by position.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    out: OutOption = None,
+    plot: PlotOption = True,
+    lengths: LengthsOption = None,
+    samples: SamplesOption = None,
+    keys: KeysOption = None,
+    stories: StoriesOption = None,
+    tasks: TasksOption = None,
+    few_shot: FewShotOption = None,
+    limit: LimitOption = None,
+    include_path: IncludePathOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity by memory size and loss by position in the document."""
-    chosen = _xl_cache(xl_cache)
+    """Measure perplexity by memory size and loss by position in the document, or another suite."""
+    options = SuiteOptions(
+        lengths=lengths, samples=samples, keys=keys, stories=stories, tasks=tasks,
+        few_shot=few_shot, limit=limit, include_path=include_path,
+    )  # fmt: skip
+    own = {
+        "xl_cache": xl_cache, "max_documents": max_documents, "max_tokens": max_tokens,
+        "folder_as": folder_as, "skip_bad": skip_bad or None, "text_key": text_key,
+        "suffix": suffix,
+    }  # fmt: skip
+    options.require_fit(suite, own, documents)
+    reading = reading_options(folder_as, skip_bad, text_key, suffix)
+    place = _Place(device=device, out=out or model / "evaluation", plot=plot, as_json=as_json)
+    sizes = _memory_sizes(memory_size)
+    if suite == "perplexity":
+        caps = _Caps(rows=rows, max_documents=max_documents, max_tokens_per_document=max_tokens)
+        _perplexity(model, documents, reading, sizes, _xl_cache(xl_cache or "with"), caps, place)
+        return
+    run_suite(
+        suite,
+        open_run(model, find_device(device)),
+        options,
+        background=documents,
+        memory_sizes=sizes or (None,),
+        rows=rows,
+        out=place.out,
+        as_json=as_json,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    device: str | None
+    out: Path
+    plot: bool
+    as_json: bool
+
+
+def _memory_sizes(text: str) -> tuple[int, ...] | None:
     try:
-        sizes = parse_sizes(memory_size) if memory_size else None
+        return parse_sizes(text) if text else None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    reading = reading_options(folder_as, skip_bad, text_key, suffix)
+
+
+def _perplexity(
+    model: Path,
+    documents: Path | None,
+    reading: ReadingOptions,
+    sizes: tuple[int | None, ...] | None,
+    xl_cache: XlCache,
+    caps: "_Caps",
+    place: _Place,
+) -> None:
     if documents is None and reading:
         msg = "Options for reading need DOCUMENTS: the run's own are read as the run read them."
         raise typer.BadParameter(msg)
-    trained = open_run(model, find_device(device))
+    trained = open_run(model, find_device(place.device))
     run = load_config(RunConfig, model / "config.json")
-    caps = _Caps(rows=rows, max_documents=max_documents, max_tokens_per_document=max_tokens)
     if documents is None:
         documents, reading = _validation(run, model)
         caps = _inherit(caps, run)
     if sizes is None:
         sizes = run.evaluation.memory_sizes
     corpus = _tokenize(trained, run, documents, reading)
-    result = _measure(trained, corpus, (None,) if sizes is None else sizes, chosen, caps)
-    settings = _settings(trained, documents, chosen, caps)
-    directory = out or model / "evaluation"
-    written = _write(result, settings, directory, plot=plot)
-    if as_json:
+    result = _measure(trained, corpus, (None,) if sizes is None else sizes, xl_cache, caps)
+    settings = _settings(trained, documents, xl_cache, caps)
+    written = _write(result, settings, place.out, plot=place.plot)
+    if place.as_json:
         files = [str(path) for path in written]
         print_json({"settings": settings, **result.to_dict(), "files": files})
         return

@@ -1,4 +1,5 @@
 import json
+import lzma
 import re
 from collections import Counter
 
@@ -170,9 +171,10 @@ def test_an_answer_that_training_would_not_see_is_refused(write_lines):
         ("[1]", "must be a JSON object, got list"),
         (
             json.dumps(TWO | {"facts": ["one"]}),
-            r"must have two sentences under 'facts', got \['one'",
+            r"must have 2 facts, got \['one'",
         ),
-        (json.dumps(TWO | {"facts": ["one", " "]}), "must have two sentences under 'facts'"),
+        (json.dumps(TWO | {"facts": ["one", " "]}), "must have sentences under 'facts'"),
+        (json.dumps(TWO | {"facts": []}), r"must have sentences under 'facts', got \[\]"),
         (json.dumps(TWO | {"question": ""}), "must have a text under 'question', got ''"),
         (json.dumps(TWO | {"answer": 3}), "must have a text under 'answer', got 3"),
     ],
@@ -180,6 +182,51 @@ def test_an_answer_that_training_would_not_see_is_refused(write_lines):
 def test_a_malformed_line_is_named(write_lines, line, problem):
     path = write_lines(TWO, "", line)
     with pytest.raises(DataError, match=rf"lines\.jsonl:3 {problem}"):
+        read_stories(path, num_facts=2)
+
+
+BABI = """1 Mary went to the hall.
+2 John is here.
+3 Where is Mary?\thall\t1
+4 Mary went home.
+5 Where is Mary? \thome\t4
+1 The hall is old.
+2 What is old?\thall\t1
+"""
+
+
+def test_a_file_of_babi_gives_each_question_the_facts_before_it(tmp_path):
+    path = tmp_path / "qa1_train.txt"
+    path.write_text(BABI)
+    first, second, third = read_stories(path)
+    assert first == Story(
+        facts=("Mary went to the hall.", "John is here."), question="Where is Mary?", answer="hall"
+    )
+    assert second.facts == (*first.facts, "Mary went home.")
+    assert (second.question, second.answer) == ("Where is Mary?", "home")
+    assert third.facts == ("The hall is old.",)
+    packed = tmp_path / "qa1_train.txt.xz"
+    packed.write_bytes(lzma.compress(BABI.encode()))
+    assert read_stories(packed) == [first, second, third]
+    with pytest.raises(DataError, match=r"qa1_train\.txt:5 must have 2 facts, got \['Mary"):
+        read_stories(path, num_facts=2)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b"Mary went home.", "must be a line of bAbI, a number and a sentence"),
+        (b"3", "must be a line of bAbI"),
+        (b"3 a\tb\tc\td", "must be a line of bAbI"),
+        (b"3 caf\xe9", r"must be a line of bAbI.*caf\\xe9"),
+        (b"1 Where?\there", "must have facts before it and an answer"),
+        (b"3 Where?\t \t1", "must have facts before it and an answer"),
+    ],
+)
+def test_a_malformed_line_of_babi_is_named(tmp_path, line, problem):
+    path = tmp_path / "qa.txt"
+    path.write_bytes(b"1 One.\n2 Two.\n" + line + b"\n")
+    with pytest.raises(DataError, match=rf"qa\.txt:3 {problem}"):
         read_stories(path)
 
 

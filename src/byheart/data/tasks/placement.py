@@ -27,6 +27,8 @@ def place_anywhere(
     num_background: int,
     num_gaps: int,
     others: Sequence[tuple[int, int]] = (),
+    *,
+    in_order: bool = False,
 ) -> list[int]:
     """Draw places for facts between the tokens of the background.
 
@@ -38,13 +40,14 @@ def place_anywhere(
             end if there are fewer tokens.
         others: What else stands between the tokens of the background, as pairs of a gap, which is
             the number of background tokens before it, and a length in tokens.
+        in_order: Whether the facts keep their order.
 
     Returns:
         The offset in the document of each fact, then of each of the others. For facts all gaps are
         equally likely, and so are all orders; facts in the same gap follow each other.
     """
     gaps = np.sort(rng.integers(min(num_gaps, num_background + 1), size=len(lengths))).tolist()
-    order = rng.permutation(len(lengths)).tolist()
+    order = list(range(len(lengths))) if in_order else rng.permutation(len(lengths)).tolist()
     items = [(gap, fact, lengths[fact]) for gap, fact in zip(gaps, order, strict=True)]
     items += [(gap, len(lengths) + i, length) for i, (gap, length) in enumerate(others)]
     positions = [0] * len(items)

@@ -269,6 +269,6 @@ def _stories(config: TaskConfig, split: Split) -> tuple[list[Story] | None, tupl
         return people_stories(shared), ROOMS
     if config.facts is None:
         return relation_stories(shared), RELATION_ROOMS
-    stories = read_stories(config.facts)
+    stories = read_stories(config.facts, num_facts=2)
     labels = tuple(dict.fromkeys(story.answer for story in stories))
     return (stories if shared is None else split_stories(stories, shared)), labels

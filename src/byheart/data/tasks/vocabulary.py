@@ -28,7 +28,7 @@ def train_task_tokenizer(config: TaskConfig, vocab_size: int = 4096) -> BpeToken
     """
     stories = relation_stories(None)
     if config.facts is not None:
-        stories += read_stories(config.facts)
+        stories += read_stories(config.facts, num_facts=2)
     facts, questions = people_sentences()
     sentences = [*facts, *questions, *story_sentences(stories)]
     texts = read_background(config.background, "train")

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from byheart.data.probes import Probe, ProbeConfig
+from byheart.data.tokenize import ByteTokenizer
+from byheart.evaluation.probes import evaluate_probe
+
+
+@pytest.fixture
+def probe(tmp_path):
+    path = tmp_path / "background.txt"
+    path.write_text(" ".join(f"word{i}" for i in range(300)))
+    config = ProbeConfig(name="passkey", background=str(path))
+    return Probe(config, ByteTokenizer())
+
+
+@torch.no_grad()
+def outcome(model, sample, memory_size):
+    """What becomes of a text, by reading it with each of its answers in one go."""
+    text = sample.text.tokens(0, sample.text.num_tokens).tolist()
+    means, greedy = [], False
+    for place, answer in enumerate(sample.candidates):
+        ids = torch.tensor([*text, *answer.tolist()])
+        losses, hits, state = [], [], model.new_state(1, memory_size=memory_size)
+        for piece, following in zip(ids[:-1].split(7), ids[1:].split(7), strict=True):
+            out = model(piece[None], state=state)
+            losses.append(cross_entropy(out.logits[0], following, reduction="none"))
+            hits.append(out.logits[0].argmax(-1) == following)
+            state = state.commit(out.new_entries)
+        means.append(-float(torch.cat(losses)[-len(answer) :].mean()))
+        if place == sample.answer:
+            greedy = bool(torch.cat(hits)[-len(answer) :].all())
+    return means.index(max(means)) == sample.answer, greedy
+
+
+def test_outcomes_are_those_of_reading_each_answer_in_one_go(make_decoder, probe):
+    model = make_decoder().train()
+    seen = []
+    result = evaluate_probe(
+        model, probe, lengths=(98, 200), memory_sizes=(0, 17), samples=5, rows=2,
+        on_progress=seen.append,
+    )  # fmt: skip
+    assert model.training
+    assert [(m.num_tokens, m.memory_size) for m in result.measurements] == [
+        (98, 0), (98, 17), (200, 0), (200, 17),
+    ]  # fmt: skip
+    model.eval()
+    for measured in result.measurements:
+        for index, found in enumerate(measured.outcomes):
+            sample = probe.sample(index, measured.num_tokens)
+            is_right, is_greedy = outcome(model, sample, measured.memory_size)
+            assert (found.is_right, found.is_greedy) == (is_right, is_greedy)
+            text = sample.text.text()
+            after = text.rpartition("is the pass key.")[2]
+            assert found.distance == len(after)
+    assert [now.num_tokens for now in seen[-2:]] == [(98 + 200) * 10 - 200, (98 + 200) * 10]
+    assert seen[-1].total_tokens == seen[-1].num_tokens
+
+
+def test_a_result_counts_and_says_what_chance_is(make_decoder, probe):
+    result = evaluate_probe(make_decoder(), probe, lengths=(150,), samples=12)
+    (measured,) = result.measurements
+    rights = [found.is_right for found in measured.outcomes]
+    assert measured.memory_size == 17
+    assert measured.accuracy == sum(rights) / 12
+    plain = result.to_dict()
+    assert plain["chance"] == 0.1
+    assert plain["measurements"][0]["accuracy"] == measured.accuracy
+    assert plain["measurements"][0]["outcomes"][0].keys() == {"distance", "is_right", "is_greedy"}
+    table = result.to_markdown()
+    assert "Accuracy of passkey (12 texts each, chance 10.0%)" in table
+    assert f"| 150 | 17 | {measured.accuracy:.1%} | {measured.greedy_accuracy:.1%} |" in table
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"rows": 0}, {"lengths": ()}])
+def test_numbers_below_one_are_refused(make_decoder, probe, wrong):
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        evaluate_probe(make_decoder(), probe, **({"lengths": (100,)} | wrong))
