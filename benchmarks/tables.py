@@ -276,7 +276,8 @@ def gates_section() -> str | None:
             "same segments (`benchmarks.gates`); each row changes one thing of `tanh gate` (rate "
             "of the gates 20 times the model's, queries without positions, keys of length 1, age "
             "slope 0.5, last layer). Nats per token: of training over the last fourth of the "
-            "steps, and of the first 8,192 tokens of 8 validation documents with 8,192 entries and none.",
+            "steps, and of the first 8,192 tokens of 8 validation documents with 8,192 entries "
+            "and with none.",
             table(["way", "training", "with memory", "without"], rows),
             machine_line(result["machine"]),
         ]

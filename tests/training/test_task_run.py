@@ -16,11 +16,13 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from byheart.config import load_config
 from byheart.data.tasks import collate
-from byheart.data.tasks.facts import people_sentences
+from byheart.data.tasks.facts import is_lesson, people_sentences
 from byheart.errors import CheckpointError
 from byheart.evaluation.segments import evaluate_by_segments
 from byheart.memory.files import load_directory
 from byheart.models.fingerprint import model_fingerprint
+from byheart.training import task_trainer
+from byheart.training.stages import kept_stages
 from byheart.training.stop import TrainingInterruptedError
 from byheart.training.task_config import TaskRunConfig
 from byheart.training.task_model import make_memory_model, make_task, make_tokenizer
@@ -136,6 +138,60 @@ def test_without_a_decay_the_weights_themselves_are_kept(tmp_path):
     for name, parameter in load_task_run(tmp_path).memory_model.named_parameters():
         torch.testing.assert_close(parameter.detach(), weights[name], atol=0, rtol=0)
     assert not (last / "average").exists()
+
+
+def test_a_lesson_comes_first_and_is_resumed(tmp_path, monkeypatch):
+    seen = []
+    count = task_trainer.count_right
+
+    def counted(model, task, *arguments, **options):
+        seen.append(all(is_lesson(story) for story in task._stories))
+        return count(model, task, *arguments, **options)
+
+    monkeypatch.setattr(task_trainer, "count_right", counted)
+    run = task_run(
+        task={"name": "reason"}, window=43, curriculum={"lesson": True, "keep_stages": True},
+        training={"keep_checkpoints": 9},
+    )  # fmt: skip
+    result = train_task(run, tmp_path / "whole")
+    assert [e.lesson for e in result.curriculum.evaluations] == seen
+    assert seen.index(False) == seen.count(True)
+    stages = json.loads((tmp_path / "whole" / "result.json").read_text())["stages"]
+    assert [(stage["num_segments"], stage["lesson"]) for stage in stages] == [
+        (1, True), (1, False), (2, False), (3, False),
+    ]  # fmt: skip
+    assert kept_stages(tmp_path / "whole") == (1, 2, 3)
+    assert "All 4 stages were reached" in result.summary
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for step in steps_of(tmp_path / "again")[1:]:
+        shutil.rmtree(tmp_path / "again" / f"checkpoint-{step}")
+    train_task(run, tmp_path / "again", resume=True)
+    assert numbers_of(tmp_path / "again") == numbers_of(tmp_path / "whole")
+
+
+def test_a_lesson_that_is_not_learned_or_cannot_be_is_said(tmp_path):
+    run = task_run(
+        task={"name": "reason"}, window=43, curriculum={"lesson": True, "advance_accuracy": 1.0}
+    )
+    result = train_task(run, tmp_path / "run")
+    assert result.outcome == "not reached"
+    assert result.summary.startswith("The lesson was not reached: after 8 steps")
+    with pytest.raises(
+        ValueError, match=r"curriculum\.lesson must be false for the task 'memorize'"
+    ):
+        task_run(curriculum={"lesson": True})
+    facts = tmp_path / "facts.jsonl"
+    records = [
+        {"facts": [f"A is {i}.", f"B is {i}."], "question": "Who?", "answer": f"a{i % 2}"}
+        for i in range(40)
+    ]
+    facts.write_text("\n".join(map(json.dumps, records)))
+    run = task_run(
+        task={"name": "reason", "facts": str(facts)}, window=43, curriculum={"lesson": True}
+    )
+    with pytest.raises(ValueError, match="A lesson needs stories of 'reason' whose facts"):
+        train_task(run, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_finished_run_resumed_only_evaluates_again(whole, tmp_path):

@@ -24,6 +24,8 @@ class Evaluation:
     """Segments of the documents: the stage."""
     accuracy: float
     """Share of right answers on held-out documents."""
+    lesson: bool = False
+    """Whether they were those of the lesson."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +38,7 @@ class Curriculum:
 
     @property
     def reached(self) -> tuple[Evaluation, ...]:
-        """The evaluation in which each stage was reached, for the stages that were."""
+        """The evaluation in which each stage was reached, the lesson first if there is one."""
         found: list[Evaluation] = []
         for evaluation in self.evaluations:
             is_current = len(found) < self.config.num_stages
@@ -45,9 +47,15 @@ class Curriculum:
         return tuple(found)
 
     @property
+    def in_lesson(self) -> bool:
+        """Whether the run is still in the lesson before its first stage."""
+        return self.config.lesson and not self.reached
+
+    @property
     def stage(self) -> int:
         """Segments of the longest documents that are trained on."""
-        return min(self.config.min_segments + len(self.reached), self.config.max_segments)
+        passed = max(0, len(self.reached) - self.config.lesson)
+        return min(self.config.min_segments + passed, self.config.max_segments)
 
     @property
     def stage_start(self) -> int:
@@ -97,7 +105,9 @@ class Curriculum:
         Returns:
             The curriculum after it.
         """
-        new = Evaluation(step=step, num_segments=self.stage, accuracy=accuracy)
+        new = Evaluation(
+            step=step, num_segments=self.stage, accuracy=accuracy, lesson=self.in_lesson
+        )
         return replace(self, evaluations=(*self.evaluations, new))
 
     def num_segments(self, seed: int, step: int) -> int:
@@ -150,7 +160,12 @@ class Curriculum:
             One dictionary per evaluation.
         """
         return [
-            {"step": e.step, "num_segments": e.num_segments, "accuracy": e.accuracy}
+            {
+                "step": e.step,
+                "num_segments": e.num_segments,
+                "accuracy": e.accuracy,
+                "lesson": e.lesson,
+            }
             for e in self.evaluations
         ]
 

@@ -181,6 +181,9 @@ class MemoryPart:
 class CurriculumConfig:
     """How the documents grow: stage N has documents of at most N segments."""
 
+    lesson: bool = False
+    """Whether a lesson comes before the first stage: as short documents, of those stories of
+    `reason` alone that are never learned among the others, see `byheart.data.tasks.facts`."""
     min_segments: int = 1
     """Segments of the first stage, and of the shortest documents."""
     max_segments: int = 7
@@ -222,8 +225,8 @@ class CurriculumConfig:
 
     @property
     def num_stages(self) -> int:
-        """Stages of the whole run."""
-        return self.max_segments - self.min_segments + 1
+        """Stages of the whole run, the lesson included."""
+        return self.max_segments - self.min_segments + 1 + self.lesson
 
     @property
     def most_stage_steps(self) -> int:
@@ -361,6 +364,9 @@ class TaskRunConfig:
                 f"Either encoder or pretrained must be given, got {given}. For a pretrained "
                 "encoder set pretrained=FOLDER and encoder=null."
             )
+            raise ValueError(msg)
+        if self.curriculum.lesson and self.task.name != "reason":
+            msg = f"curriculum.lesson must be false for the task {self.task.name!r}, got true."
             raise ValueError(msg)
         if self.segment_length < 1:
             msg = (

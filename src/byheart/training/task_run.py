@@ -78,8 +78,9 @@ class TaskResult:
                 f"{config.advance_accuracy:.1%}, the last after step "
                 f"{self.curriculum.saturated_at:,} of {self.steps:,}."
             )
+        stage = f"stage of {last.num_segments} of {config.max_segments} segments"
         return (
-            f"The stage of {last.num_segments} of {config.max_segments} segments was not reached: "
+            f"The {'lesson' if last.lesson else stage} was not reached: "
             f"after {config.stage_steps:,} steps the accuracy is {last.accuracy:.1%}, and must be "
             f"{config.advance_accuracy:.1%}. Raise "
             "curriculum.stage_steps and go on with resume=True (--resume), or change the training."
@@ -97,7 +98,12 @@ class TaskResult:
             "steps": self.steps,
             "num_parameters": self.num_parameters,
             "stages": [
-                {"num_segments": e.num_segments, "step": e.step, "accuracy": e.accuracy}
+                {
+                    "num_segments": e.num_segments,
+                    "step": e.step,
+                    "accuracy": e.accuracy,
+                    "lesson": e.lesson,
+                }
                 for e in self.curriculum.reached
             ],
             "evaluation": self.evaluation.to_dict(),
@@ -175,6 +181,8 @@ def train_task(
             _check_stages(run, out, checkpoint)
         train = make_task(run, tokenizer.tokenizer, is_training=True, seed=run.training.seed)
         _check_shortest(run, train)
+        if run.curriculum.lesson:
+            train.lesson()  # refused now rather than later
         if is_main:
             _begin_directory(out, run, tokenizer, checkpoint)
     trainer = _train(run, tokenizer, train, arguments, identity, checkpoint, on_event)
@@ -298,7 +306,8 @@ def _require_stage(directory: Path, stage: int) -> None:
 
 
 def _reached(run: TaskRunConfig, checkpoint: Checkpoint) -> list[int]:
-    return [e.num_segments for e in load_curriculum(checkpoint, run.curriculum).reached]
+    curriculum = load_curriculum(checkpoint, run.curriculum)
+    return [e.num_segments for e in curriculum.reached if not e.lesson]
 
 
 def _listed(stages: Sequence[int]) -> str:

@@ -79,6 +79,8 @@ class TaskTrainer(ResumableTrainer):
         )
         self.memory_model = memory_model
         self.task, self.validation, self.run = train, validation, run
+        has_lesson = run.curriculum.lesson
+        self._lesson = (train.lesson(), validation.lesson()) if has_lesson else None
         self.curriculum = Curriculum(config=run.curriculum)
         """How far the run has come."""
         self._average: AveragedModel | None = None
@@ -90,6 +92,14 @@ class TaskTrainer(ResumableTrainer):
     def best_model(self) -> RecurrentMemory:
         """What has been learned: the model, or the running average of its weights."""
         return self.memory_model if self._average is None else cast(Any, self._average.module)
+
+    @property
+    def _documents(self) -> tuple[Task, Task]:
+        # to learn from, and with held-out facts
+        if self.curriculum.in_lesson:
+            assert self._lesson is not None
+            return self._lesson
+        return self.task, self.validation
 
     def average_weights(self) -> None:
         """Take the weights after a step into their running average, if there is one."""
@@ -123,7 +133,8 @@ class TaskTrainer(ResumableTrainer):
         assert not return_outputs
         seed, step = self.run.training.seed, self.state.global_step
         num_segments = self.curriculum.num_segments(seed, step)
-        samples = [self.task.sample(index, num_segments) for index in inputs["index"].tolist()]
+        task = self._documents[0]
+        samples = [task.sample(index, num_segments) for index in inputs["index"].tolist()]
         batch = {name: part.to(self.args.device) for name, part in collate(samples).items()}
         loss: Tensor = model(**batch).loss
         count = torch.tensor(len(samples), device=self.args.device)
@@ -187,16 +198,17 @@ class TaskTrainer(ResumableTrainer):
         with self._undisturbed(self.memory_model):
             right = count_right(
                 self.best_model.eval(),
-                self.validation,
+                self._documents[1],
                 num_segments,
                 mine,
                 rows=self.run.evaluation.rows,
             )
         total = self._add_up(torch.tensor(float(right), device=self.args.device)).item()
         accuracy = total / samples
-        before = len(self.curriculum.reached)
+        before, in_lesson = len(self.curriculum.reached), self.curriculum.in_lesson
         self.curriculum = self.curriculum.record(self.state.global_step, accuracy)
-        if self.run.curriculum.keep_stages and len(self.curriculum.reached) > before:
+        is_reached = len(self.curriculum.reached) > before and not in_lesson
+        if self.run.curriculum.keep_stages and is_reached:
             self._keep_stage(num_segments)
         logs: dict[str, float | int] = {
             "evaluation/num_segments": num_segments,

@@ -14,6 +14,7 @@ from byheart.data.tasks.facts import (
     ROOMS,
     VERBS,
     draw_people,
+    is_lesson,
     people_stories,
     relation_stories,
 )
@@ -95,6 +96,21 @@ def test_each_relation_question_is_answered_by_one_fact():
             other, opposite = re.match(r"What is the (\w+) (\w+) of\?", story.question).groups()
             way = back[opposite]
         assert [x for x, w, y in told if (w, y) == (way, other)] == [story.answer]
+
+
+def test_in_a_lesson_the_direction_alone_tells_the_answer():
+    lesson = [story for story in relation_stories(None) if is_lesson(story)]
+    assert len(lesson) == 7680 // 8
+    assert answers(lesson) == {7680 // 8 // 6}
+    for story in lesson:
+        told = [re.match(r"The (\w+) is (\w+) of the (\w+)\.", f).groups() for f in story.facts]
+        way, room = re.match(r"What is (\w+) of the (\w+)\?", story.question).groups()
+        assert [y for _, _, y in told] == [room, room]
+        assert [x for x, w, _ in told if w == way] == [story.answer]
+    # in all others a fact is told apart by its rooms, or the question turns the direction round
+    for story in set(relation_stories(None)) - set(lesson):
+        ends = [fact.split()[-1] for fact in story.facts]
+        assert ends[0] != ends[1] or story.question.endswith(" of?")
 
 
 def test_held_out_relation_layouts_never_occur_in_training():

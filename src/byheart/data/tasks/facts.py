@@ -12,6 +12,8 @@ In the clean form no fact of the validation split occurs in training, while ever
   `(r, r+2, r+5)` and `(r, r+5, r+1)` from west to east: 24 of 240, in which each room stands
   equally often in each place.
 
+An eighth of the stories of relations are a first lesson, see `is_lesson`.
+
 Source:
     Bulatov et al. 2023, Scaling Transformer to 1M tokens and beyond with RMT, "Memorization Tasks"
     (arXiv:2304.11062); Weston et al. 2015, Towards AI-Complete Question Answering, tasks 1 and 4
@@ -35,6 +37,7 @@ __all__ = [
     "Split",
     "Story",
     "draw_people",
+    "is_lesson",
     "people_sentences",
     "people_stories",
     "relation_stories",
@@ -165,6 +168,24 @@ def relation_stories(split: Split | None) -> list[Story]:
             low, middle, high = (RELATION_ROOMS[room] for room in layout)
             stories += _layout_stories(low, middle, high, DIRECTIONS[axis])
     return stories
+
+
+def is_lesson(story: Story) -> bool:
+    """Tell whether a story of `reason` belongs to those that are best learned first.
+
+    In them both facts end with the same room and the question with it, too, so that only the
+    direction tells the answer: "The A is north of the C. The B is south of the C. What is north of
+    the C?" Among other stories, which the rooms give away, this is hardly ever learned, and without
+    it those are not that turn the direction round ("What is the C south of?").
+
+    Args:
+        story: A story of two facts.
+
+    Returns:
+        `True` if it is one.
+    """
+    last = {sentence.split()[-1].rstrip(".?") for sentence in (*story.facts, story.question)}
+    return len(last) == 1
 
 
 def _people_story(facts: Sequence[tuple[int, int, int]], asked: int) -> Story:

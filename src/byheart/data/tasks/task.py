@@ -20,6 +20,7 @@ Source:
     (arXiv:2304.11062).
 """
 
+import copy
 from typing import get_args
 
 import numpy as np
@@ -32,6 +33,7 @@ from byheart.data.tasks.facts import (
     Split,
     Story,
     draw_people,
+    is_lesson,
     people_sentences,
     people_stories,
     relation_stories,
@@ -105,6 +107,25 @@ class Task:
     def min_segments(self) -> int:
         """Fewest segments of a document: 1, or what many facts of `capacity` need at most."""
         return -(-self._longest // self.config.segment_length)
+
+    def lesson(self) -> "Task":
+        """Give the documents that are best learned first.
+
+        Returns:
+            The same task with the stories of `is_lesson` alone.
+
+        Raises:
+            ValueError: If it has none: only `reason` has.
+        """
+        first = copy.copy(self)
+        first._stories = [story for story in self._stories or () if is_lesson(story)]
+        if self.config.name != "reason" or not first._stories:
+            msg = (
+                "A lesson needs stories of 'reason' whose facts and question end with the same "
+                f"room, name='{self.config.name}' has none here. Go without."
+            )
+            raise ValueError(msg)
+        return first
 
     def sample(self, index: int, num_segments: int) -> TaskSample:
         """Make a document.
