@@ -85,7 +85,8 @@ class _GatherAttend(torch.autograd.Function):
         for part, rows in _chunks(found.slots, values):
             output.flatten(0, 1)[part] = _weighted(weights_BHQK.flatten(0, 1)[part], values, rows)
         ctx.save_for_backward(queries, scale, keys, values, found.slots, scores, weights_BHQK)
-        return output.to(queries.dtype), logsumexp
+        # compiled by torch 2.11, an output that `to` leaves as it is loses its gradient
+        return output if wide == queries.dtype else output.to(queries.dtype), logsumexp
 
     @staticmethod
     @once_differentiable
