@@ -43,18 +43,19 @@ def ways(tuned: RunConfig) -> dict[str, RunConfig]:
 
     return {
         "tanh gate": change(),
+        "layer 3 of 6": change(knn=knn(layers=(2,))),
+        "layer 5 of 6": change(knn=knn(layers=(4,))),
+        "keys as the model has them": change(normalize_qk=False),
+        "queries at the window's end": change(memory_position="window"),
+        "queries at their own place": change(memory_position="local"),
+        "joint softmax": change(knn=knn(combine="joint")),
+        "content gate": change(knn=knn(combine="content_gate")),
         "linear gate": change(gate="linear"),
         "sigmoid gate from -3": change(gate="sigmoid", gate_init=-3.0),
         "sigmoid gate from 0": change(gate="sigmoid"),
         "gates at the model's own rate": change(factor=1.0),
         "gates at 100 times the rate": change(factor=100.0),
-        "content gate": change(knn=knn(combine="content_gate")),
-        "joint softmax": change(knn=knn(combine="joint")),
-        "queries at the window's end": change(memory_position="window"),
-        "queries at their own place": change(memory_position="local"),
-        "keys as the model has them": change(normalize_qk=False),
         "no age slope": change(knn=knn(age_slope=0.0)),
-        "layer 3 of 6": change(knn=knn(layers=(2,))),
     }
 
 

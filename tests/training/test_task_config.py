@@ -31,6 +31,14 @@ def test_special_tokens_stand_where_the_report_has_them():
     assert (config.start_ids, config.separator_ids, config.end_ids) == ((5,), (6,), (6,))
 
 
+def test_only_training_has_more_hard_stories():
+    shares = [TaskPart(name="reason").resolve(9, s).hard_share for s in ("train", "validation")]
+    assert shares == [0.5, 0]
+    assert TaskPart(name="reason", form="report").resolve(9, "train").hard_share == 0
+    assert TaskPart(name="reason", hard_share=0.0).resolve(9, "train").hard_share == 0
+    assert TaskPart(name="detect").resolve(9, "train").hard_share == 0
+
+
 def test_only_training_has_fragments():
     part = TaskPart(name="detect", fragments=0.25)
     assert [part.resolve(9, split).fragments for split in ("train", "validation")] == [0.25, 0.0]

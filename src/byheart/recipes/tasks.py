@@ -29,7 +29,7 @@ def rmt_reason() -> TaskRunConfig:
         name="rmt-reason",
         task=TaskPart(name="reason"),
         # one kind of story in four is not learned among the others
-        curriculum=CurriculumConfig(lesson=True),
+        curriculum=CurriculumConfig(lessons=2),
     )
 
 

@@ -24,8 +24,8 @@ class Evaluation:
     """Segments of the documents: the stage."""
     accuracy: float
     """Share of right answers on held-out documents."""
-    lesson: bool = False
-    """Whether they were those of the lesson."""
+    lesson: int = 0
+    """Number of the lesson whose documents they were; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class Curriculum:
 
     @property
     def reached(self) -> tuple[Evaluation, ...]:
-        """The evaluation in which each stage was reached, the lesson first if there is one."""
+        """The evaluation in which each stage was reached, the lessons first."""
         found: list[Evaluation] = []
         for evaluation in self.evaluations:
             is_current = len(found) < self.config.num_stages
@@ -47,14 +47,15 @@ class Curriculum:
         return tuple(found)
 
     @property
-    def in_lesson(self) -> bool:
-        """Whether the run is still in the lesson before its first stage."""
-        return self.config.lesson and not self.reached
+    def lesson(self) -> int:
+        """Number of the lesson that the run is in; 0 if it is past them."""
+        number = len(self.reached) + 1
+        return number if number <= self.config.lessons else 0
 
     @property
     def stage(self) -> int:
         """Segments of the longest documents that are trained on."""
-        passed = max(0, len(self.reached) - self.config.lesson)
+        passed = max(0, len(self.reached) - self.config.lessons)
         return min(self.config.min_segments + passed, self.config.max_segments)
 
     @property
@@ -105,9 +106,7 @@ class Curriculum:
         Returns:
             The curriculum after it.
         """
-        new = Evaluation(
-            step=step, num_segments=self.stage, accuracy=accuracy, lesson=self.in_lesson
-        )
+        new = Evaluation(step=step, num_segments=self.stage, accuracy=accuracy, lesson=self.lesson)
         return replace(self, evaluations=(*self.evaluations, new))
 
     def num_segments(self, seed: int, step: int) -> int:

@@ -21,6 +21,7 @@ __all__ = [
 # BERT's window: [CLS] memory [SEP] text [SEP]
 _SPECIAL_TOKENS = 3
 _FRAGMENTS = 2.0
+_HARD_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,9 @@ class TaskPart:
     """Parts of facts per segment, on average, in the background of training: only whole facts
     count. `None` is two per segment, and none in the report's form. Evaluation has
     only what its stories have."""
+    hard_share: float | None = None
+    """Share of the stories of training that are drawn from the hard ones of `reason` alone. `None`
+    is half of them; in the report's form and in evaluation all stories are equally likely."""
     background: str | None = None
     """Documents around the facts of training; `None` takes the stories that come with byheart."""
     validation_background: str | None = None
@@ -71,9 +75,16 @@ class TaskPart:
             segment_length=segment_length,
             num_facts=self.num_facts,
             facts=self.facts,
+            hard_share=self._hard_share if split == "train" else 0.0,
             fragments=self._fragments if split == "train" else 0.0,
             background=self.background if split == "train" else self.validation_background,
         )
+
+    @property
+    def _hard_share(self) -> float:
+        if self.hard_share is not None:
+            return self.hard_share
+        return _HARD_SHARE if self.name == "reason" and self.form == "clean" else 0.0
 
     @property
     def _fragments(self) -> float:
@@ -181,9 +192,9 @@ class MemoryPart:
 class CurriculumConfig:
     """How the documents grow: stage N has documents of at most N segments."""
 
-    lesson: bool = False
-    """Whether a lesson comes before the first stage: as short documents, of those stories of
-    `reason` alone that are never learned among the others, see `byheart.data.tasks.facts`."""
+    lessons: Literal[0, 1, 2] = 0
+    """Lessons of `reason` before the first stage, on facts and question without a background: 1,
+    those stories alone that are never learned among the others; 2, all. See `Task.lesson`."""
     min_segments: int = 1
     """Segments of the first stage, and of the shortest documents."""
     max_segments: int = 7
@@ -225,8 +236,8 @@ class CurriculumConfig:
 
     @property
     def num_stages(self) -> int:
-        """Stages of the whole run, the lesson included."""
-        return self.max_segments - self.min_segments + 1 + self.lesson
+        """Stages of the whole run, the lessons included."""
+        return self.max_segments - self.min_segments + 1 + self.lessons
 
     @property
     def most_stage_steps(self) -> int:
@@ -365,8 +376,11 @@ class TaskRunConfig:
                 "encoder set pretrained=FOLDER and encoder=null."
             )
             raise ValueError(msg)
-        if self.curriculum.lesson and self.task.name != "reason":
-            msg = f"curriculum.lesson must be false for the task {self.task.name!r}, got true."
+        if self.curriculum.lessons and self.task.name != "reason":
+            msg = (
+                f"curriculum.lessons must be 0 for the task {self.task.name!r}, got "
+                f"{self.curriculum.lessons}."
+            )
             raise ValueError(msg)
         if self.segment_length < 1:
             msg = (

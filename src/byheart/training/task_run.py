@@ -78,9 +78,13 @@ class TaskResult:
                 f"{config.advance_accuracy:.1%}, the last after step "
                 f"{self.curriculum.saturated_at:,} of {self.steps:,}."
             )
-        stage = f"stage of {last.num_segments} of {config.max_segments} segments"
+        stage = (
+            f"lesson {last.lesson}"
+            if last.lesson
+            else f"stage of {last.num_segments} of {config.max_segments} segments"
+        )
         return (
-            f"The {'lesson' if last.lesson else stage} was not reached: "
+            f"The {stage} was not reached: "
             f"after {config.stage_steps:,} steps the accuracy is {last.accuracy:.1%}, and must be "
             f"{config.advance_accuracy:.1%}. Raise "
             "curriculum.stage_steps and go on with resume=True (--resume), or change the training."
@@ -181,8 +185,8 @@ def train_task(
             _check_stages(run, out, checkpoint)
         train = make_task(run, tokenizer.tokenizer, is_training=True, seed=run.training.seed)
         _check_shortest(run, train)
-        if run.curriculum.lesson:
-            train.lesson()  # refused now rather than later
+        if run.curriculum.lessons:
+            train.lesson(1)  # refused now rather than later
         if is_main:
             _begin_directory(out, run, tokenizer, checkpoint)
     trainer = _train(run, tokenizer, train, arguments, identity, checkpoint, on_event)

@@ -79,8 +79,10 @@ class TaskTrainer(ResumableTrainer):
         )
         self.memory_model = memory_model
         self.task, self.validation, self.run = train, validation, run
-        has_lesson = run.curriculum.lesson
-        self._lesson = (train.lesson(), validation.lesson()) if has_lesson else None
+        self._lessons = [
+            (train.lesson(number), validation.lesson(number))
+            for number in range(1, run.curriculum.lessons + 1)
+        ]
         self.curriculum = Curriculum(config=run.curriculum)
         """How far the run has come."""
         self._average: AveragedModel | None = None
@@ -96,10 +98,8 @@ class TaskTrainer(ResumableTrainer):
     @property
     def _documents(self) -> tuple[Task, Task]:
         # to learn from, and with held-out facts
-        if self.curriculum.in_lesson:
-            assert self._lesson is not None
-            return self._lesson
-        return self.task, self.validation
+        lesson = self.curriculum.lesson
+        return self._lessons[lesson - 1] if lesson else (self.task, self.validation)
 
     def average_weights(self) -> None:
         """Take the weights after a step into their running average, if there is one."""
@@ -205,9 +205,9 @@ class TaskTrainer(ResumableTrainer):
             )
         total = self._add_up(torch.tensor(float(right), device=self.args.device)).item()
         accuracy = total / samples
-        before, in_lesson = len(self.curriculum.reached), self.curriculum.in_lesson
+        before, lesson = len(self.curriculum.reached), self.curriculum.lesson
         self.curriculum = self.curriculum.record(self.state.global_step, accuracy)
-        is_reached = len(self.curriculum.reached) > before and not in_lesson
+        is_reached = len(self.curriculum.reached) > before and not lesson
         if self.run.curriculum.keep_stages and is_reached:
             self._keep_stage(num_segments)
         logs: dict[str, float | int] = {

@@ -14,7 +14,8 @@ from byheart.data.tasks.facts import (
     ROOMS,
     VERBS,
     draw_people,
-    is_lesson,
+    is_direct,
+    is_hard,
     people_stories,
     relation_stories,
 )
@@ -98,19 +99,23 @@ def test_each_relation_question_is_answered_by_one_fact():
         assert [x for x, w, y in told if (w, y) == (way, other)] == [story.answer]
 
 
-def test_in_a_lesson_the_direction_alone_tells_the_answer():
-    lesson = [story for story in relation_stories(None) if is_lesson(story)]
-    assert len(lesson) == 7680 // 8
-    assert answers(lesson) == {7680 // 8 // 6}
-    for story in lesson:
+def test_in_hard_stories_the_direction_alone_tells_the_answer():
+    back = {"north": "south", "south": "north", "west": "east", "east": "west"}
+    hard = [story for story in relation_stories(None) if is_hard(story)]
+    assert len(hard) == 7680 // 4
+    assert answers(hard) == {7680 // 4 // 6}
+    for story in hard:
         told = [re.match(r"The (\w+) is (\w+) of the (\w+)\.", f).groups() for f in story.facts]
-        way, room = re.match(r"What is (\w+) of the (\w+)\?", story.question).groups()
+        direct = re.match(r"What is (\w+) of the (\w+)\?", story.question)
+        turned = re.match(r"What is the (\w+) (\w+) of\?", story.question)
+        way, room = direct.groups() if direct else (back[turned[2]], turned[1])
+        assert is_direct(story) == bool(direct)
         assert [y for _, _, y in told] == [room, room]
         assert [x for x, w, _ in told if w == way] == [story.answer]
-    # in all others a fact is told apart by its rooms, or the question turns the direction round
-    for story in set(relation_stories(None)) - set(lesson):
+    for story in set(relation_stories(None)) - set(hard):
         ends = [fact.split()[-1] for fact in story.facts]
-        assert ends[0] != ends[1] or story.question.endswith(" of?")
+        assert ends[0] != ends[1]
+    assert not any(map(is_hard, people_stories(None)))
 
 
 def test_held_out_relation_layouts_never_occur_in_training():

@@ -268,6 +268,8 @@ def test_a_config_survives_json():
         ({"name": "capacity", "num_facts": 0}, "num_facts must be between 1 and 64, got 0"),
         ({"num_facts": 2}, "num_facts must be 1 for name='detect', got 2"),
         ({"facts": "qa4.jsonl"}, "facts must be None for name='detect', got 'qa4.jsonl'"),
+        ({"hard_share": 0.5}, r"hard_share must be 0 for name='detect', got 0\.5"),
+        ({"name": "reason", "hard_share": 2.0}, r"hard_share must be between 0 and 1, got 2\.0"),
         ({"name": "capacity", "form": "report"}, "form must be 'clean' for name='capacity'"),
     ],
 )
@@ -289,3 +291,40 @@ def test_a_task_out_of_range_is_refused(make):
         task.sample(-1, 1)
     with pytest.raises(ValueError, match=r"num_tokens \(23\), got 20 and 24"):
         task.sample(0, 1).tokens(20, 24)
+
+
+@pytest.mark.parametrize("form", ["clean", "report"])
+def test_lessons_are_facts_and_question_alone(make, words, form):
+    more = {"fragments": 2.0, "hard_share": 0.5} if form == "clean" else {}
+    task = make("reason", form=form, segment_length=31, **more)
+    for number in (1, 2):
+        lesson, orders, kinds = task.lesson(number), set(), set()
+        for index in range(60):
+            sample = lesson.sample(index, 1 + index % 3)
+            text = words.decode(whole(sample))
+            facts = [words.decode(fact).strip() for _, fact in sorted(sample.facts)]
+            question = words.decode(sample.question).strip()
+            assert text.split() == " ".join([*facts, question]).split()
+            orders.add(sample.fact_positions[0] < sample.fact_positions[1])
+            ends = [text.rstrip(" .?").split()[-1] for text in (*facts, question)]
+            kinds.add((ends[0] == ends[1], ends[2] in ends[:2]))
+        assert orders == ({True, False} if form == "clean" else {True})
+        everything = {(hard, direct) for hard in (True, False) for direct in (True, False)}
+        assert kinds == ({(True, True)} if number == 1 else everything)
+    # the task itself stays as it is
+    assert task.sample(0, 2).num_tokens > 40 > lesson.sample(0, 2).num_tokens
+    with pytest.raises(ValueError, match=r"Lessons need stories of 'reason'.* name='detect'"):
+        make("detect", form=form).lesson(1)
+
+
+@pytest.mark.parametrize(
+    ("share", "least", "most"), [(0.0, 70, 130), (0.5, 210, 290), (1.0, 400, 400)]
+)
+def test_hard_stories_come_as_often_as_is_asked(make, words, share, least, most):
+    task = make("reason", hard_share=share, segment_length=31)
+    hard = 0
+    for index in range(400):
+        facts = [words.decode(fact).rstrip(" .") for _, fact in task.sample(index, 1).facts]
+        hard += facts[0].split()[-1] == facts[1].split()[-1]
+    # a quarter of all stories is hard
+    assert least <= hard <= most

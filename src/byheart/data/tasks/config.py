@@ -31,6 +31,9 @@ class TaskConfig:
     fragments: float = 0.0
     """Parts of facts per segment, on average, that stand in the background without being facts
     ("went to the kitchen"); not in the report's form."""
+    hard_share: float = 0.0
+    """Share of the stories of `reason` that are drawn from the hard ones alone, see `is_hard` in
+    `byheart.data.tasks.facts`; the others come from all."""
     background: str | None = None
     """Documents in any format `iter_documents` reads. Give each split its own.
 
@@ -59,9 +62,18 @@ class TaskConfig:
         if self.fragments and self.form == "report":
             msg = f"fragments must be 0 for form='report', got {self.fragments}. Use 'clean'."
             raise ValueError(msg)
+        self._check_hard_share()
         if self.facts is not None and self.name != "reason":
             msg = f"facts must be None for name='{self.name}', got {self.facts!r}. Use 'reason'."
             raise ValueError(msg)
         if self.form == "report" and self.name == "capacity":
             msg = "form must be 'clean' for name='capacity', got 'report', which has no such task."
+            raise ValueError(msg)
+
+    def _check_hard_share(self) -> None:
+        if not 0 <= self.hard_share <= 1:
+            msg = f"hard_share must be between 0 and 1, got {self.hard_share}."
+            raise ValueError(msg)
+        if self.hard_share and self.name != "reason":
+            msg = f"hard_share must be 0 for name='{self.name}', got {self.hard_share}."
             raise ValueError(msg)

@@ -12,7 +12,7 @@ In the clean form no fact of the validation split occurs in training, while ever
   `(r, r+2, r+5)` and `(r, r+5, r+1)` from west to east: 24 of 240, in which each room stands
   equally often in each place.
 
-An eighth of the stories of relations are a first lesson, see `is_lesson`.
+A quarter of the stories of relations is far harder to learn than the others, see `is_hard`.
 
 Source:
     Bulatov et al. 2023, Scaling Transformer to 1M tokens and beyond with RMT, "Memorization Tasks"
@@ -37,7 +37,8 @@ __all__ = [
     "Split",
     "Story",
     "draw_people",
-    "is_lesson",
+    "is_direct",
+    "is_hard",
     "people_sentences",
     "people_stories",
     "relation_stories",
@@ -170,22 +171,34 @@ def relation_stories(split: Split | None) -> list[Story]:
     return stories
 
 
-def is_lesson(story: Story) -> bool:
-    """Tell whether a story of `reason` belongs to those that are best learned first.
+def is_hard(story: Story) -> bool:
+    """Tell whether a story of `reason` is one that the rooms do not give away.
 
-    In them both facts end with the same room and the question with it, too, so that only the
-    direction tells the answer: "The A is north of the C. The B is south of the C. What is north of
-    the C?" Among other stories, which the rooms give away, this is hardly ever learned, and without
-    it those are not that turn the direction round ("What is the C south of?").
+    In a quarter of the stories both facts end with the same room, so that only the direction tells
+    the answer: "The A is north of the C. The B is south of the C. What is north of the C?" Half of
+    them turn the direction round: "What is the C south of?"
 
     Args:
-        story: A story of two facts.
+        story: A story.
 
     Returns:
         `True` if it is one.
     """
-    last = {sentence.split()[-1].rstrip(".?") for sentence in (*story.facts, story.question)}
-    return len(last) == 1
+    return len({fact.split()[-1] for fact in story.facts}) == 1 < len(story.facts)
+
+
+def is_direct(story: Story) -> bool:
+    """Tell whether a story's question says what a fact says, in the same order.
+
+    Args:
+        story: A story.
+
+    Returns:
+        `True` if the question ends with the room that a fact ends with.
+    """
+    return story.question.split()[-1].rstrip("?") in {
+        fact.split()[-1].rstrip(".") for fact in story.facts
+    }
 
 
 def _people_story(facts: Sequence[tuple[int, int, int]], asked: int) -> Story:

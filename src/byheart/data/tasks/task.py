@@ -33,7 +33,8 @@ from byheart.data.tasks.facts import (
     Split,
     Story,
     draw_people,
-    is_lesson,
+    is_direct,
+    is_hard,
     people_sentences,
     people_stories,
     relation_stories,
@@ -93,8 +94,11 @@ class Task:
         self.seed = seed
         self._stories, self.labels = _stories(config, split)
         """The answers, in the order of their indices."""
+        is_reason = config.name == "reason"
+        self._hard = [story for story in self._stories or () if is_reason and is_hard(story)]
         self._sentences = self._encode_sentences()
         self._longest = self._check_lengths()
+        self._is_lesson = False
         texts = read_background(config.background, split)
         self._background = _Background(texts, tokenizer, is_report=config.form == "report")
 
@@ -108,24 +112,30 @@ class Task:
         """Fewest segments of a document: 1, or what many facts of `capacity` need at most."""
         return -(-self._longest // self.config.segment_length)
 
-    def lesson(self) -> "Task":
-        """Give the documents that are best learned first.
+    def lesson(self, number: int) -> "Task":
+        """Give the documents of a lesson: facts and question without any background.
+
+        Args:
+            number: 1 for those stories alone that are hard, asked directly; 2 for all stories.
 
         Returns:
-            The same task with the stories of `is_lesson` alone.
+            The same task with such documents, whatever number of segments is asked for.
 
         Raises:
-            ValueError: If it has none: only `reason` has.
+            ValueError: If there are no hard stories: only `reason` has some.
         """
-        first = copy.copy(self)
-        first._stories = [story for story in self._stories or () if is_lesson(story)]
-        if self.config.name != "reason" or not first._stories:
+        lesson = copy.copy(self)
+        lesson._is_lesson = True
+        stories = [story for story in self._hard if is_direct(story)]
+        if not stories:
             msg = (
-                "A lesson needs stories of 'reason' whose facts and question end with the same "
-                f"room, name='{self.config.name}' has none here. Go without."
+                "Lessons need stories of 'reason' whose facts and question end with the same room, "
+                f"name='{self.config.name}' has none here. Go without."
             )
             raise ValueError(msg)
-        return first
+        if number == 1:
+            lesson._stories = lesson._hard = stories
+        return lesson
 
     def sample(self, index: int, num_segments: int) -> TaskSample:
         """Make a document.
@@ -160,9 +170,12 @@ class Task:
         facts = [self._sentences[fact] for fact in story.facts]
         question = self._sentences[story.question]
         is_report = self.config.form == "report"
-        num_tokens = self.config.segment_length * num_segments
-        num_tokens -= REPORT_SPECIALS if is_report else 0
         lengths = [len(fact) for fact in facts]
+        if self._is_lesson:
+            num_segments, num_tokens = 1, sum(lengths) + len(question)
+        else:
+            num_tokens = self.config.segment_length * num_segments
+            num_tokens -= REPORT_SPECIALS if is_report else 0
         num_background = num_tokens - len(question) - sum(lengths)
         fragments = self._draw_fragments((*seed, _FRAGMENT_SEED), num_segments, num_background)
         num_background -= sum(len(tokens) for _, tokens in fragments)
@@ -187,7 +200,9 @@ class Task:
     def _draw_story(self, rng: np.random.Generator) -> Story:
         if self._stories is None:
             return draw_people(rng, self.config.num_facts, self.split)
-        return self._stories[rng.integers(len(self._stories))]
+        hard = self.config.hard_share > 0 and rng.random() < self.config.hard_share
+        stories = self._hard if hard and self._hard else self._stories
+        return stories[rng.integers(len(stories))]
 
     def _draw_fragments(
         self, seed: tuple[int, ...], num_segments: int, num_background: int
