@@ -5,8 +5,7 @@ from collections import Counter
 
 import pytest
 
-from byheart.training.curriculum import Curriculum
-from byheart.training.task_config import CurriculumConfig
+from byheart.training.curriculum import Curriculum, CurriculumConfig
 
 
 def config(**changes):

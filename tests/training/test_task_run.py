@@ -177,7 +177,7 @@ def test_a_lesson_that_is_not_learned_or_cannot_be_is_said(tmp_path):
     )
     result = train_task(run, tmp_path / "run")
     assert result.outcome == "not reached"
-    assert result.summary.startswith("The lesson 1 was not reached: after 8 steps")
+    assert result.summary.startswith("Lesson 1 was not reached: after 8 steps")
     with pytest.raises(ValueError, match=r"curriculum\.lessons must be 0 for the task 'memorize'"):
         task_run(curriculum={"lessons": 1})
     facts = tmp_path / "facts.jsonl"

@@ -15,6 +15,7 @@ __all__ = [
     "PretrainedConfig",
     "RunConfig",
     "TrainingConfig",
+    "require_at_least",
 ]
 
 # the share that the authors' cosine schedule ends at
@@ -77,9 +78,9 @@ class TrainingConfig:
             ("keep_checkpoints", 2),
             ("log_every", 1),
         ):
-            _require_at_least(name, getattr(self, name), least)
+            require_at_least(name, getattr(self, name), least)
         if self.evaluate_every is not None:
-            _require_at_least("evaluate_every", self.evaluate_every, 1)
+            require_at_least("evaluate_every", self.evaluate_every, 1)
         for name in ("learning_rate", "gate_learning_rate_factor", "max_gradient_norm"):
             if not getattr(self, name) > 0:
                 msg = f"{name} must be above 0, got {getattr(self, name)}."
@@ -251,7 +252,7 @@ class EvaluationConfig:
             ("short_tokens", self.short_tokens, 2),
         ):
             if value is not None:
-                _require_at_least(name, value, least)
+                require_at_least(name, value, least)
         if any(size < 0 for size in self.memory_sizes or ()):
             msg = f"memory_sizes must be at least 0, got {list(self.memory_sizes or ())}."
             raise ValueError(msg)
@@ -293,7 +294,17 @@ def _values(config: DecoderConfig) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(DecoderConfig)}
 
 
-def _require_at_least(name: str, value: int | float, least: int) -> None:
+def require_at_least(name: str, value: int | float, least: int) -> None:
+    """Refuse a number below the least.
+
+    Args:
+        name: Of the field.
+        value: Its value.
+        least: The least.
+
+    Raises:
+        ValueError: If the value is below.
+    """
     if value < least:
         msg = f"{name} must be at least {least}, got {value}."
         raise ValueError(msg)

@@ -1,12 +1,12 @@
 """What a run that learns a task with recurrent memory is made of, as configs."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from byheart.data.tasks import TaskConfig, TaskForm, TaskName
 from byheart.models.recurrent_config import RecurrentMemoryConfig
-from byheart.training.config import TrainingConfig
+from byheart.training.config import TrainingConfig, require_at_least
+from byheart.training.curriculum import CurriculumConfig
 
 __all__ = [
     "CurriculumConfig",
@@ -115,8 +115,8 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "embed_dim", "num_heads", "hidden_dim"):
-            _require_at_least(name, getattr(self, name), 1)
-        _require_at_least("vocab_size", self.vocab_size, 257)
+            require_at_least(name, getattr(self, name), 1)
+        require_at_least("vocab_size", self.vocab_size, 257)
         # rotary positions turn pairs of numbers
         unit = self.num_heads * (2 if self.architecture == "modernbert" else 1)
         if self.embed_dim % unit:
@@ -189,68 +189,6 @@ class MemoryPart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CurriculumConfig:
-    """How the documents grow: stage N has documents of at most N segments."""
-
-    lessons: Literal[0, 1, 2] = 0
-    """Lessons of `reason` before the first stage, on facts and question without a background: 1,
-    those stories alone that are never learned among the others; 2, all. See `Task.lesson`."""
-    min_segments: int = 1
-    """Segments of the first stage, and of the shortest documents."""
-    max_segments: int = 7
-    """Segments of the last stage (the report: 7)."""
-    lengths: Literal["stage", "mixed"] = "mixed"
-    """`stage`: all documents of stage N have N segments (the report). `mixed`: each batch has N
-    segments with probability `stage_share`, and otherwise `min_segments` to N of them, all
-    equally likely."""
-    stage_share: float = 0.5
-    """Share of the batches that have the full length of the stage without a draw; `mixed` only."""
-    advance_accuracy: float = 0.995
-    """Accuracy on held-out documents of N segments at which stage N has been reached."""
-    evaluate_every: int = 50
-    """Steps between evaluations."""
-    evaluate_samples: int = 400
-    """Held-out documents of an evaluation."""
-    stage_steps: int = 4000
-    """Steps that a stage may take; then the run ends, and says which stage was not reached."""
-    continue_steps: int = 800
-    """Steps after the last stage has been reached: accuracy on longer documents still rises."""
-    keep_stages: bool = False
-    """Whether the model is kept as it was when each stage was reached. That is a whole model per
-    stage: 3 GB for a BERT and 7 stages, and only their comparison needs it."""
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("min_segments", 1),
-            ("max_segments", self.min_segments),
-            ("evaluate_every", 1),
-            ("evaluate_samples", 1),
-            ("stage_steps", self.evaluate_every),
-            ("continue_steps", 0),
-        ):
-            _require_at_least(name, getattr(self, name), least)
-        for name in ("stage_share", "advance_accuracy"):
-            if not 0 <= getattr(self, name) <= 1:
-                msg = f"{name} must be between 0 and 1, got {getattr(self, name)}."
-                raise ValueError(msg)
-
-    @property
-    def num_stages(self) -> int:
-        """Stages of the whole run, the lessons included."""
-        return self.max_segments - self.min_segments + 1 + self.lessons
-
-    @property
-    def most_stage_steps(self) -> int:
-        """Steps after which a stage is given up: `stage_steps`, up to the next evaluation."""
-        return math.ceil(self.stage_steps / self.evaluate_every) * self.evaluate_every
-
-    @property
-    def most_steps(self) -> int:
-        """Steps of the longest run: every stage is reached at the last evaluation that counts."""
-        return self.num_stages * self.most_stage_steps + self.continue_steps
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TaskTrainingConfig:
     """How a task is learned. Optimizer: AdamW; loss: mean over the documents of a step."""
 
@@ -289,8 +227,8 @@ class TaskTrainingConfig:
     """Steps between log lines."""
 
     def __post_init__(self) -> None:
-        _require_at_least("seed", self.seed, 0)
-        _require_at_least("length_decay", self.length_decay, 0)
+        require_at_least("seed", self.seed, 0)
+        require_at_least("length_decay", self.length_decay, 0)
         if not 0 <= self.average_decay < 1:
             msg = f"average_decay must be at least 0 and below 1, got {self.average_decay}."
             raise ValueError(msg)
@@ -342,7 +280,7 @@ class TaskEvaluationConfig:
             raise ValueError(msg)
         for name, value in (("segments", min(self.segments)), ("samples", self.samples),
                             ("rows", self.rows)):  # fmt: skip
-            _require_at_least(name, value, 1)
+            require_at_least(name, value, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -394,9 +332,3 @@ class TaskRunConfig:
     def segment_length(self) -> int:
         """Text tokens of a segment."""
         return self.window - self.memory.num_memory_tokens - _SPECIAL_TOKENS
-
-
-def _require_at_least(name: str, value: int | float, least: int) -> None:
-    if value < least:
-        msg = f"{name} must be at least {least}, got {value}."
-        raise ValueError(msg)

@@ -79,12 +79,12 @@ class TaskResult:
                 f"{self.curriculum.saturated_at:,} of {self.steps:,}."
             )
         stage = (
-            f"lesson {last.lesson}"
+            f"Lesson {last.lesson}"
             if last.lesson
-            else f"stage of {last.num_segments} of {config.max_segments} segments"
+            else f"The stage of {last.num_segments} of {config.max_segments} segments"
         )
         return (
-            f"The {stage} was not reached: "
+            f"{stage} was not reached: "
             f"after {config.stage_steps:,} steps the accuracy is {last.accuracy:.1%}, and must be "
             f"{config.advance_accuracy:.1%}. Raise "
             "curriculum.stage_steps and go on with resume=True (--resume), or change the training."

@@ -25,10 +25,10 @@ from byheart.training.checkpoint import (
     load_memory,
     save_memory,
 )
-from byheart.training.curriculum import Curriculum
+from byheart.training.curriculum import Curriculum, CurriculumConfig
 from byheart.training.resumable import ResumableTrainer
 from byheart.training.stages import stage_directory
-from byheart.training.task_config import CurriculumConfig, TaskRunConfig
+from byheart.training.task_config import TaskRunConfig
 
 __all__ = ["CURRICULUM", "TaskTrainer", "load_curriculum"]
 
