@@ -100,14 +100,13 @@ def test_relative_positions_limit_no_window(name, tiny_model, wrap, draw):
     [
         ("mistral", {"sliding_window": 12}, 12),
         ("phi3", {"sliding_window": 12}, 12),
-        ("gemma2", {"sliding_window": 12}, 12),
         ("gemma3", {"sliding_window": 12, "layer_types": ["sliding_attention"] * 2}, 12),
-        ("modernbert", {"local_attention": 24}, 12),
+        ("modernbert", {"local_attention": 24, "layer_types": ["sliding_attention"] * 2}, 12),
     ],
 )
 def test_local_attention_that_loses_the_memory_is_refused(name, sight, reach, tiny_model, wrap):
     model = tiny_model(name, **sight)
-    with pytest.raises(ValueError, match=rf"looks only {reach} positions far"):
+    with pytest.raises(ValueError, match=rf"no layer of \w+ looks farther than {reach} positions"):
         wrap(model, segment_length=10)
     copies = 1 if name == "modernbert" else 2
     wrap(model, segment_length=reach - copies * 3)
@@ -120,10 +119,24 @@ def test_layers_that_all_see_everything_are_accepted(tiny_model, wrap):
     wrap(tiny_model("qwen2", sliding_window=4, use_sliding_window=False))
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "modernbert"])
+@pytest.mark.parametrize("kinds", [("full", "sliding"), ("sliding", "full")])
+def test_a_layer_that_sees_everything_reads_and_writes_memory(name, kinds, tiny_model, wrap, draw):
+    layers = [f"{kind}_attention" for kind in kinds]
+    sight = {"local_attention": 8} if name == "modernbert" else {"sliding_window": 4}
+    memory_model = wrap(tiny_model(name, layer_types=layers, **sight), segment_length=30)
+    ids = draw(1, 60)
+    other = ids.clone()
+    other[0, 9] = 3 + (ids[0, 9] - 2) % 10  # far from both ends of the first segment
+    with torch.no_grad():
+        first, second = (memory_model(tokens).logits[0, -1] for tokens in (ids, other))
+    assert (first - second).abs().max() > 1e-6
+
+
 def test_longt5s_local_attention_is_refused(wrap):
     config = transformers.LongT5Config(**LONGT5, local_radius=8)
     model = transformers.LongT5ForConditionalGeneration(config)
-    with pytest.raises(ValueError, match="looks only 9 positions far"):
+    with pytest.raises(ValueError, match="looks farther than 9 positions"):
         wrap(model)
 
 

@@ -73,20 +73,20 @@ def test_a_saved_curriculum_is_the_same():
     assert Curriculum.from_list(config(), saved) == curriculum
 
 
-def test_lessons_are_stages_before_the_first():
-    curriculum = after(0.5, 0.9, 0.1, 0.9, lessons=2)
-    assert [e.lesson for e in curriculum.evaluations] == [1, 1, 2, 2]
-    assert (curriculum.stage, curriculum.lesson, curriculum.stage_start) == (1, 0, 40)
-    assert [after(*a, lessons=2).lesson for a in ([], [0.5], [0.9], [0.9, 0.9])] == [1, 1, 2, 0]
-    assert after(0.5).lesson == 0
-    whole = after(0.9, 0.9, 0.9, 0.9, lessons=1)
+def test_a_lesson_is_a_stage_before_the_first():
+    curriculum = after(0.5, 0.9, 0.1, lesson=True)
+    assert [e.lesson for e in curriculum.evaluations] == [True, True, False]
+    assert (curriculum.stage, curriculum.lesson, curriculum.stage_start) == (1, False, 20)
+    assert [after(*a, lesson=True).lesson for a in ([], [0.5], [0.9])] == [True, True, False]
+    assert not after(0.5).lesson
+    whole = after(0.9, 0.9, 0.9, 0.9, lesson=True)
     assert [e.num_segments for e in whole.evaluations] == [1, 1, 2, 3]
-    assert [e.lesson for e in whole.evaluations] == [1, 0, 0, 0]
+    assert [e.lesson for e in whole.evaluations] == [True, False, False, False]
     assert (whole.stage, whole.saturated_at) == (3, 40)
-    assert after(0.9, 0.9, 0.9, lessons=1).saturated_at is None
-    assert config(lessons=2).most_steps == config().most_steps + 2 * 30
+    assert after(0.9, 0.9, 0.9, lesson=True).saturated_at is None
+    assert config(lesson=True).most_steps == config().most_steps + 30
     saved = json.loads(json.dumps(whole.to_list()))
-    assert Curriculum.from_list(config(lessons=1), saved) == whole
+    assert Curriculum.from_list(config(lesson=True), saved) == whole
 
 
 def test_no_run_is_longer_than_the_longest():

@@ -31,12 +31,20 @@ def test_special_tokens_stand_where_the_report_has_them():
     assert (config.start_ids, config.separator_ids, config.end_ids) == ((5,), (6,), (6,))
 
 
-def test_only_training_has_more_hard_stories():
-    shares = [TaskPart(name="reason").resolve(9, s).hard_share for s in ("train", "validation")]
-    assert shares == [0.5, 0]
-    assert TaskPart(name="reason", form="report").resolve(9, "train").hard_share == 0
-    assert TaskPart(name="reason", hard_share=0.0).resolve(9, "train").hard_share == 0
-    assert TaskPart(name="detect").resolve(9, "train").hard_share == 0
+def test_only_training_asks_more_than_one_question():
+    splits = ("train", "validation")
+    assert [TaskPart(name="reason").resolve(9, s).num_questions for s in splits] == [4, 1]
+    assert TaskPart(name="reason", form="report").resolve(9, "train").num_questions == 1
+    assert TaskPart(name="reason", num_questions=2).resolve(9, "train").num_questions == 2
+    assert TaskPart(name="detect").resolve(9, "train").num_questions == 1
+
+
+def test_only_training_has_documents_that_end_anywhere():
+    splits = ("train", "validation")
+    assert [TaskPart(name="reason").resolve(9, s).any_length for s in splits] == [True, False]
+    assert [TaskPart(name="detect").resolve(9, s).any_length for s in splits] == [False, False]
+    assert not TaskPart(name="reason", form="report").resolve(9, "train").any_length
+    assert TaskPart(name="detect", any_length=True).resolve(9, "train").any_length
 
 
 def test_only_training_has_fragments():
@@ -59,6 +67,13 @@ def test_only_training_has_fragments():
             ["encoder.num_heads=5", "encoder.architecture=bert"],
             "encoder: embed_dim must be a multiple of 5 for 5 heads of bert, got 12",
         ),
+        (["encoder.num_local_layers=1"], "num_local_layers must be between 0 and 0 for 1 layers"),
+        (
+            ["encoder.num_local_layers=1", "encoder.architecture=bert", "encoder.num_layers=3"],
+            "num_local_layers must be between 0 and 0 for 3 layers of bert, got 1",
+        ),
+        (["encoder.local_reach=0"], "encoder: local_reach must be at least 1"),
+        (["curriculum.lesson=true"], "lesson must be false for the task 'memorize', got true"),
         (["encoder.dropout=1"], "dropout must be at least 0 and below 1"),
         (["encoder.vocab_size=10"], "vocab_size must be at least 257"),
         (["memory.bptt_depth=0"], "memory: bptt_depth must be at least 1"),

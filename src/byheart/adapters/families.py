@@ -174,11 +174,11 @@ def _require_window(model: PreTrainedModel, config: RecurrentMemoryConfig, kind:
             f"special. {_shorten(config, needed - positions)}"
         )
         raise ValueError(msg)
-    reach = attention_reach(model)
+    reach = None if _has_global_layer(model) else attention_reach(model)
     if config.num_memory_tokens and reach is not None and needed > reach:
         msg = (
-            f"All of a window must see the memory, but a layer of {type(model).__name__} looks "
-            f"only {reach} positions far, and the window has {needed}. "
+            f"All of a window must see the memory, but no layer of {type(model).__name__} looks "
+            f"farther than {reach} positions, and the window has {needed}. "
             f"{_shorten(config, needed - reach)}"
         )
         raise ValueError(msg)
@@ -219,6 +219,17 @@ def max_positions(model: PreTrainedModel) -> int | None:
             offset = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - offset
     return limit
+
+
+def _has_global_layer(model: PreTrainedModel) -> bool:
+    """Tell whether some layers, if not all, see the whole window: there memory is read and written.
+
+    Returns:
+        `False` where the config does not say.
+    """
+    config = model.config.get_text_config()
+    kinds = (getattr(config, name, None) or () for name in ("layer_types", "attention_layers"))
+    return any(kind in {"full_attention", "global"} for layers in kinds for kind in layers)
 
 
 def attention_reach(model: PreTrainedModel) -> int | None:

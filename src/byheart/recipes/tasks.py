@@ -7,6 +7,7 @@ tokens, documents of mixed lengths that grow from 1 to 7 segments. For a pretrai
 
 from byheart.training.task_config import (
     CurriculumConfig,
+    EncoderConfig,
     TaskEvaluationConfig,
     TaskPart,
     TaskRunConfig,
@@ -28,8 +29,10 @@ def rmt_reason() -> TaskRunConfig:
     return TaskRunConfig(
         name="rmt-reason",
         task=TaskPart(name="reason"),
-        # one kind of story in four is not learned among the others
-        curriculum=CurriculumConfig(lessons=2),
+        # one kind of story in four is hardly learned among the others, and not at all where
+        # every layer meets the background
+        encoder=EncoderConfig(num_local_layers=2),
+        curriculum=CurriculumConfig(lesson=True),
     )
 
 

@@ -18,9 +18,9 @@ Outcome = Literal["running", "reached", "not reached"]
 class CurriculumConfig:
     """How the documents grow: stage N has documents of at most N segments."""
 
-    lessons: Literal[0, 1, 2] = 0
-    """Lessons of `reason` before the first stage, on facts and question without a background: 1,
-    those stories alone that are never learned among the others; 2, all. See `Task.lesson`."""
+    lesson: bool = False
+    """Whether `reason` begins with those stories alone that are hardly learned among the others,
+    in documents of one segment; see `byheart.data.tasks.Task.lesson`."""
     min_segments: int = 1
     """Segments of the first stage, and of the shortest documents."""
     max_segments: int = 7
@@ -62,8 +62,8 @@ class CurriculumConfig:
 
     @property
     def num_stages(self) -> int:
-        """Stages of the whole run, the lessons included."""
-        return self.max_segments - self.min_segments + 1 + self.lessons
+        """Stages of the whole run, the lesson included."""
+        return self.max_segments - self.min_segments + 1 + self.lesson
 
     @property
     def most_stage_steps(self) -> int:
@@ -86,8 +86,8 @@ class Evaluation:
     """Segments of the documents: the stage."""
     accuracy: float
     """Share of right answers on held-out documents."""
-    lesson: int = 0
-    """Number of the lesson whose documents they were; 0 for none."""
+    lesson: bool = False
+    """Whether they were those of the lesson."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +100,7 @@ class Curriculum:
 
     @property
     def reached(self) -> tuple[Evaluation, ...]:
-        """The evaluation in which each stage was reached, the lessons first."""
+        """The evaluation in which each stage was reached, the lesson first."""
         found: list[Evaluation] = []
         for evaluation in self.evaluations:
             is_current = len(found) < self.config.num_stages
@@ -109,15 +109,14 @@ class Curriculum:
         return tuple(found)
 
     @property
-    def lesson(self) -> int:
-        """Number of the lesson that the run is in; 0 if it is past them."""
-        number = len(self.reached) + 1
-        return number if number <= self.config.lessons else 0
+    def lesson(self) -> bool:
+        """Whether the run is in its lesson."""
+        return self.config.lesson and not self.reached
 
     @property
     def stage(self) -> int:
         """Segments of the longest documents that are trained on."""
-        passed = max(0, len(self.reached) - self.config.lessons)
+        passed = max(0, len(self.reached) - self.config.lesson)
         return min(self.config.min_segments + passed, self.config.max_segments)
 
     @property

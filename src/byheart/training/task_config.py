@@ -21,7 +21,7 @@ __all__ = [
 # BERT's window: [CLS] memory [SEP] text [SEP]
 _SPECIAL_TOKENS = 3
 _FRAGMENTS = 2.0
-_HARD_SHARE = 0.5
+_NUM_QUESTIONS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +40,12 @@ class TaskPart:
     """Parts of facts per segment, on average, in the background of training: only whole facts
     count. `None` is two per segment, and none in the report's form. Evaluation has
     only what its stories have."""
-    hard_share: float | None = None
-    """Share of the stories of training that are drawn from the hard ones of `reason` alone. `None`
-    is half of them; in the report's form and in evaluation all stories are equally likely."""
+    num_questions: int | None = None
+    """Questions about the same facts in the same background, in training, so that documents of a
+    batch differ in the question alone. `None` is four in `reason`, and one in the report's form."""
+    any_length: bool | None = None
+    """Whether documents of training end anywhere in their last segment. `None` is yes in `reason`,
+    and no in the report's form. Those of evaluation fill it."""
     background: str | None = None
     """Documents around the facts of training; `None` takes the stories that come with byheart."""
     validation_background: str | None = None
@@ -75,16 +78,23 @@ class TaskPart:
             segment_length=segment_length,
             num_facts=self.num_facts,
             facts=self.facts,
-            hard_share=self._hard_share if split == "train" else 0.0,
+            num_questions=self._num_questions if split == "train" else 1,
             fragments=self._fragments if split == "train" else 0.0,
+            any_length=self._any_length if split == "train" else False,
             background=self.background if split == "train" else self.validation_background,
         )
 
     @property
-    def _hard_share(self) -> float:
-        if self.hard_share is not None:
-            return self.hard_share
-        return _HARD_SHARE if self.name == "reason" and self.form == "clean" else 0.0
+    def _any_length(self) -> bool:
+        if self.any_length is not None:
+            return self.any_length
+        return self.name == "reason" and self.form == "clean"
+
+    @property
+    def _num_questions(self) -> int:
+        if self.num_questions is not None:
+            return self.num_questions
+        return _NUM_QUESTIONS if self.name == "reason" and self.form == "clean" else 1
 
     @property
     def _fragments(self) -> float:
@@ -98,10 +108,15 @@ class EncoderConfig:
     """An encoder with random weights; with the defaults it has about a million parameters."""
 
     architecture: Literal["modernbert", "bert"] = "modernbert"
-    """ModernBERT (every layer sees the whole window) or, as in the report, BERT. ModernBERT's
-    rotary positions find what stands *near* a word sooner than BERT's learned ones."""
+    """ModernBERT or, as in the report, BERT. ModernBERT's rotary positions find what stands *near*
+    a word sooner than BERT's learned ones."""
     num_layers: int = 4
     """Layers."""
+    num_local_layers: int = 0
+    """First layers in which a token sees only its neighbours; ModernBERT only. What belongs to a
+    word stands near it, and there no background hides it."""
+    local_reach: int = 6
+    """Neighbours on each side that those layers see."""
     embed_dim: int = 128
     """Width of embeddings and hidden states."""
     num_heads: int = 4
@@ -117,6 +132,15 @@ class EncoderConfig:
         for name in ("num_layers", "embed_dim", "num_heads", "hidden_dim"):
             require_at_least(name, getattr(self, name), 1)
         require_at_least("vocab_size", self.vocab_size, 257)
+        require_at_least("local_reach", self.local_reach, 1)
+        most = self.num_layers - 1 if self.architecture == "modernbert" else 0
+        if not 0 <= self.num_local_layers <= most:
+            msg = (
+                f"num_local_layers must be between 0 and {most} for {self.num_layers} layers of "
+                f"{self.architecture}, got {self.num_local_layers}: the last layer must see the "
+                "memory, and only ModernBERT has such layers."
+            )
+            raise ValueError(msg)
         # rotary positions turn pairs of numbers
         unit = self.num_heads * (2 if self.architecture == "modernbert" else 1)
         if self.embed_dim % unit:
@@ -314,11 +338,8 @@ class TaskRunConfig:
                 "encoder set pretrained=FOLDER and encoder=null."
             )
             raise ValueError(msg)
-        if self.curriculum.lessons and self.task.name != "reason":
-            msg = (
-                f"curriculum.lessons must be 0 for the task {self.task.name!r}, got "
-                f"{self.curriculum.lessons}."
-            )
+        if self.curriculum.lesson and self.task.name != "reason":
+            msg = f"curriculum.lesson must be false for the task {self.task.name!r}, got true."
             raise ValueError(msg)
         if self.segment_length < 1:
             msg = (

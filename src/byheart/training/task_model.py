@@ -152,8 +152,9 @@ def _scratch(
         ModernBertConfig(
             **shared,
             **special,
-            # local attention would cut the memory off
-            layer_types=["full_attention"] * config.num_layers,
+            layer_types=["sliding_attention"] * config.num_local_layers
+            + ["full_attention"] * (config.num_layers - config.num_local_layers),
+            local_attention=2 * config.local_reach,
             embedding_dropout=config.dropout,
             mlp_dropout=config.dropout,
             attention_dropout=config.dropout,

@@ -79,7 +79,7 @@ class TaskResult:
                 f"{self.curriculum.saturated_at:,} of {self.steps:,}."
             )
         stage = (
-            f"Lesson {last.lesson}"
+            "The lesson"
             if last.lesson
             else f"The stage of {last.num_segments} of {config.max_segments} segments"
         )
@@ -185,8 +185,8 @@ def train_task(
             _check_stages(run, out, checkpoint)
         train = make_task(run, tokenizer.tokenizer, is_training=True, seed=run.training.seed)
         _check_shortest(run, train)
-        if run.curriculum.lessons:
-            train.lesson(1)  # refused now rather than later
+        if run.curriculum.lesson:
+            train.lesson()  # refused now rather than later
         if is_main:
             _begin_directory(out, run, tokenizer, checkpoint)
     trainer = _train(run, tokenizer, train, arguments, identity, checkpoint, on_event)

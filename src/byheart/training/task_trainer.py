@@ -79,10 +79,8 @@ class TaskTrainer(ResumableTrainer):
         )
         self.memory_model = memory_model
         self.task, self.validation, self.run = train, validation, run
-        self._lessons = [
-            (train.lesson(number), validation.lesson(number))
-            for number in range(1, run.curriculum.lessons + 1)
-        ]
+        has_lesson = run.curriculum.lesson
+        self._lesson = (train.lesson(), validation.lesson()) if has_lesson else None
         self.curriculum = Curriculum(config=run.curriculum)
         """How far the run has come."""
         self._average: AveragedModel | None = None
@@ -98,8 +96,9 @@ class TaskTrainer(ResumableTrainer):
     @property
     def _documents(self) -> tuple[Task, Task]:
         # to learn from, and with held-out facts
-        lesson = self.curriculum.lesson
-        return self._lessons[lesson - 1] if lesson else (self.task, self.validation)
+        if self._lesson is not None and self.curriculum.lesson:
+            return self._lesson
+        return self.task, self.validation
 
     def average_weights(self) -> None:
         """Take the weights after a step into their running average, if there is one."""

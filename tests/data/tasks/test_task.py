@@ -1,3 +1,4 @@
+import json
 import re
 from collections import Counter
 
@@ -268,8 +269,9 @@ def test_a_config_survives_json():
         ({"name": "capacity", "num_facts": 0}, "num_facts must be between 1 and 64, got 0"),
         ({"num_facts": 2}, "num_facts must be 1 for name='detect', got 2"),
         ({"facts": "qa4.jsonl"}, "facts must be None for name='detect', got 'qa4.jsonl'"),
-        ({"hard_share": 0.5}, r"hard_share must be 0 for name='detect', got 0\.5"),
-        ({"name": "reason", "hard_share": 2.0}, r"hard_share must be between 0 and 1, got 2\.0"),
+        ({"num_questions": 2}, "num_questions must be 1 for name='detect', got 2"),
+        ({"name": "reason", "num_questions": 0}, "num_questions must be at least 1, got 0"),
+        ({"form": "report", "any_length": True}, "any_length must be false for form='report'"),
         ({"name": "capacity", "form": "report"}, "form must be 'clean' for name='capacity'"),
     ],
 )
@@ -294,37 +296,75 @@ def test_a_task_out_of_range_is_refused(make):
 
 
 @pytest.mark.parametrize("form", ["clean", "report"])
-def test_lessons_are_facts_and_question_alone(make, words, form):
-    more = {"fragments": 2.0, "hard_share": 0.5} if form == "clean" else {}
+def test_a_lesson_has_hard_stories_alone_asked_directly(make, words, form):
+    more = {"fragments": 2.0} if form == "clean" else {}
     task = make("reason", form=form, segment_length=31, **more)
-    for number in (1, 2):
-        lesson, orders, kinds = task.lesson(number), set(), set()
+    kinds = {True: set(), False: set()}
+    for lesson in (task.lesson(), task):
         for index in range(60):
-            sample = lesson.sample(index, 1 + index % 3)
-            text = words.decode(whole(sample))
-            facts = [words.decode(fact).strip() for _, fact in sorted(sample.facts)]
-            question = words.decode(sample.question).strip()
-            assert text.split() == " ".join([*facts, question]).split()
-            orders.add(sample.fact_positions[0] < sample.fact_positions[1])
-            ends = [text.rstrip(" .?").split()[-1] for text in (*facts, question)]
-            kinds.add((ends[0] == ends[1], ends[2] in ends[:2]))
-        assert orders == ({True, False} if form == "clean" else {True})
-        everything = {(hard, direct) for hard in (True, False) for direct in (True, False)}
-        assert kinds == ({(True, True)} if number == 1 else everything)
-    # the task itself stays as it is
-    assert task.sample(0, 2).num_tokens > 40 > lesson.sample(0, 2).num_tokens
-    with pytest.raises(ValueError, match=r"Lessons need stories of 'reason'.* name='detect'"):
-        make("detect", form=form).lesson(1)
+            sample = lesson.sample(index, 2)
+            sentences = [*(fact for _, fact in sample.facts), sample.question]
+            ends = [words.decode(ids).rstrip(" .?").split()[-1] for ids in sentences]
+            assert lesson is task or not sample.fragments
+            kinds[lesson is task].add((ends[0] == ends[1], ends[2] in ends[:2]))
+    everything = {(hard, direct) for hard in (True, False) for direct in (True, False)}
+    assert kinds == {False: {(True, True)}, True: everything}
+    with pytest.raises(ValueError, match=r"A lesson needs stories of 'reason'.* name='detect'"):
+        make("detect", form=form).lesson()
 
 
-@pytest.mark.parametrize(
-    ("share", "least", "most"), [(0.0, 70, 130), (0.5, 210, 290), (1.0, 400, 400)]
-)
-def test_hard_stories_come_as_often_as_is_asked(make, words, share, least, most):
-    task = make("reason", hard_share=share, segment_length=31)
-    hard = 0
-    for index in range(400):
-        facts = [words.decode(fact).rstrip(" .") for _, fact in task.sample(index, 1).facts]
-        hard += facts[0].split()[-1] == facts[1].split()[-1]
-    # a quarter of all stories is hard
-    assert least <= hard <= most
+def test_documents_that_follow_each_other_differ_in_their_question_alone(make, words):
+    task = make("reason", num_questions=4, segment_length=31, fragments=1.0)
+    alone = make("reason", segment_length=31, fragments=1.0)
+    for body in range(20):
+        group = [task.sample(4 * body + number, 2) for number in range(4)]
+        texts = [words.decode(whole(sample)[: -sample.question_length]) for sample in group]
+        questions = {words.decode(sample.question) for sample in group}
+        assert len(set(texts)) == 1
+        assert len(questions) == 4
+        # the room that each fact begins with is asked for by both directions
+        asked = [words.decode(fact).split()[1] for _, fact in group[0].facts]
+        assert sorted(task.labels[sample.label] for sample in group) == sorted(asked * 2)
+        # the first is what it is without the others
+        first = alone.sample(body, 2)
+        np.testing.assert_array_equal(whole(first), whole(group[0]))
+    pairs = [task.lesson().sample(index, 1) for index in range(4)]
+    texts = [words.decode(whole(sample)[: -sample.question_length]) for sample in pairs]
+    assert texts[0] == texts[1] != texts[2] == texts[3]
+    assert pairs[0].label != pairs[1].label
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_documents_of_any_length_end_in_their_last_segment(make, words, name):
+    task = make(name, any_length=True, segment_length=31)
+    lengths = set()
+    for index in range(80):
+        num_segments = 3 if name == "capacity" else 1 + index % 3
+        sample = task.sample(index, num_segments)
+        ids = whole(sample)
+        assert sample.num_segments == num_segments == -(-len(ids) // 31)
+        assert len(ids) - sample.question_length >= 31 * (num_segments - 1)
+        for position, fact in sample.facts:
+            np.testing.assert_array_equal(ids[position : position + len(fact)], fact)
+        assert words.decode(ids).endswith("?")
+        lengths.add(len(ids) - 31 * (num_segments - 1))
+    assert max(lengths) == 31
+    assert len(lengths) > 9
+
+
+def test_as_many_questions_are_asked_as_there_are(make, tmp_path):
+    facts = tmp_path / "facts.jsonl"
+    records = [
+        {
+            "facts": ["A is b.", f"C is {i // 3}."],
+            "question": f"Who {i % 3}?",
+            "answer": f"a{i % 3}",
+        }
+        for i in range(120)
+    ]
+    facts.write_text("\n".join(map(json.dumps, records)))
+    task = make("reason", facts=str(facts), num_questions=9, segment_length=40)
+    labels = [task.sample(index, 1).label for index in range(90)]
+    most = max(Counter(labels).values())
+    assert len(set(labels)) == 3
+    assert most < 60

@@ -31,9 +31,12 @@ class TaskConfig:
     fragments: float = 0.0
     """Parts of facts per segment, on average, that stand in the background without being facts
     ("went to the kitchen"); not in the report's form."""
-    hard_share: float = 0.0
-    """Share of the stories of `reason` that are drawn from the hard ones alone, see `is_hard` in
-    `byheart.data.tasks.facts`; the others come from all."""
+    num_questions: int = 1
+    """Questions about the same facts in the same background, in documents that follow each other;
+    `reason` only. More questions than the facts allow are not asked twice."""
+    any_length: bool = False
+    """Whether documents end anywhere in their last segment, which holds the whole question, instead
+    of filling it; not in the report's form."""
     background: str | None = None
     """Documents in any format `iter_documents` reads. Give each split its own.
 
@@ -59,21 +62,28 @@ class TaskConfig:
         if not 0 <= self.fragments < math.inf:
             msg = f"fragments must be at least 0 and finite, got {self.fragments}."
             raise ValueError(msg)
-        if self.fragments and self.form == "report":
-            msg = f"fragments must be 0 for form='report', got {self.fragments}. Use 'clean'."
-            raise ValueError(msg)
-        self._check_hard_share()
+        self._check_questions()
         if self.facts is not None and self.name != "reason":
             msg = f"facts must be None for name='{self.name}', got {self.facts!r}. Use 'reason'."
             raise ValueError(msg)
-        if self.form == "report" and self.name == "capacity":
-            msg = "form must be 'clean' for name='capacity', got 'report', which has no such task."
+        if self.form == "report":
+            self._check_report()
+
+    def _check_questions(self) -> None:
+        if self.num_questions < 1:
+            msg = f"num_questions must be at least 1, got {self.num_questions}."
+            raise ValueError(msg)
+        if self.num_questions != 1 and self.name != "reason":
+            msg = f"num_questions must be 1 for name='{self.name}', got {self.num_questions}."
             raise ValueError(msg)
 
-    def _check_hard_share(self) -> None:
-        if not 0 <= self.hard_share <= 1:
-            msg = f"hard_share must be between 0 and 1, got {self.hard_share}."
+    def _check_report(self) -> None:
+        if self.fragments:
+            msg = f"fragments must be 0 for form='report', got {self.fragments}. Use 'clean'."
             raise ValueError(msg)
-        if self.hard_share and self.name != "reason":
-            msg = f"hard_share must be 0 for name='{self.name}', got {self.hard_share}."
+        if self.any_length:
+            msg = "any_length must be false for form='report', got true. Use 'clean'."
+            raise ValueError(msg)
+        if self.name == "capacity":
+            msg = "form must be 'clean' for name='capacity', got 'report', which has no such task."
             raise ValueError(msg)

@@ -21,6 +21,8 @@ Source:
 """
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -56,7 +58,7 @@ __all__ = ["Task"]
 
 # facts take their randomness apart from the background, so that neither depends on how much the
 # other consumes
-_FACT_SEED, _BACKGROUND_SEED, _FRAGMENT_SEED = 0, 1, 2
+_FACT_SEED, _BACKGROUND_SEED, _FRAGMENT_SEED, _LENGTH_SEED = 0, 1, 2, 3
 # so many first tokens of a fact, which tell of whom or what it is, no fragment has
 _SUBJECT_TOKENS = 2
 
@@ -94,11 +96,9 @@ class Task:
         self.seed = seed
         self._stories, self.labels = _stories(config, split)
         """The answers, in the order of their indices."""
-        is_reason = config.name == "reason"
-        self._hard = [story for story in self._stories or () if is_reason and is_hard(story)]
         self._sentences = self._encode_sentences()
         self._longest = self._check_lengths()
-        self._is_lesson = False
+        self._asked = _by_facts(self._stories or ())
         texts = read_background(config.background, split)
         self._background = _Background(texts, tokenizer, is_report=config.form == "report")
 
@@ -112,35 +112,34 @@ class Task:
         """Fewest segments of a document: 1, or what many facts of `capacity` need at most."""
         return -(-self._longest // self.config.segment_length)
 
-    def lesson(self, number: int) -> "Task":
-        """Give the documents of a lesson: facts and question without any background.
-
-        Args:
-            number: 1 for those stories alone that are hard, asked directly; 2 for all stories.
+    def lesson(self) -> "Task":
+        """Give the stories alone that are hard to learn among the others, asked directly.
 
         Returns:
-            The same task with such documents, whatever number of segments is asked for.
+            The same task with those stories, see `is_hard` in `byheart.data.tasks.facts`, and
+            without fragments of facts.
 
         Raises:
             ValueError: If there are no hard stories: only `reason` has some.
         """
         lesson = copy.copy(self)
-        lesson._is_lesson = True
-        stories = [story for story in self._hard if is_direct(story)]
-        if not stories:
+        lesson.config = replace(self.config, fragments=0.0)
+        stories = self._stories or ()
+        lesson._stories = [story for story in stories if is_hard(story) and is_direct(story)]
+        lesson._asked = _by_facts(lesson._stories)
+        if not lesson._stories:
             msg = (
-                "Lessons need stories of 'reason' whose facts and question end with the same room, "
-                f"name='{self.config.name}' has none here. Go without."
+                "A lesson needs stories of 'reason' whose facts and question end with the same "
+                f"room, name='{self.config.name}' has none here. Go without."
             )
             raise ValueError(msg)
-        if number == 1:
-            lesson._stories = lesson._hard = stories
         return lesson
 
     def sample(self, index: int, num_segments: int) -> TaskSample:
         """Make a document.
 
-        In clean form it has exactly `segment_length * num_segments` tokens. In report form it has
+        In clean form it has exactly `segment_length * num_segments` tokens, with `any_length` at
+        most so many and as many segments. In report form it has
         2 fewer, as a batch of its own; `pad_questions` makes those of a larger batch. There
         documents take the articles of the background in turn.
 
@@ -149,7 +148,8 @@ class Task:
             num_segments: Its length in segments.
 
         Returns:
-            A document determined by `seed`, `split`, `index` and `num_segments` alone.
+            A document determined by `seed`, `split`, `index` and `num_segments` alone. With
+            `num_questions`, those that follow each other differ in their question.
 
         Raises:
             ValueError: If `index` is negative, or `num_segments` less than `min_segments`.
@@ -164,18 +164,20 @@ class Task:
                 f"got {num_segments}."
             )
             raise ValueError(msg)
-        seed = (self.seed, get_args(Split).index(self.split), index, num_segments)
+        body, question_number = divmod(index, self._num_questions)
+        seed = (self.seed, get_args(Split).index(self.split), body, num_segments)
         rng = np.random.default_rng((*seed, _FACT_SEED))
-        story = self._draw_story(rng)
+        story = self._draw_story(rng, question_number)
         facts = [self._sentences[fact] for fact in story.facts]
         question = self._sentences[story.question]
         is_report = self.config.form == "report"
         lengths = [len(fact) for fact in facts]
-        if self._is_lesson:
-            num_segments, num_tokens = 1, sum(lengths) + len(question)
-        else:
-            num_tokens = self.config.segment_length * num_segments
-            num_tokens -= REPORT_SPECIALS if is_report else 0
+        num_tokens = self.config.segment_length * num_segments
+        num_tokens -= REPORT_SPECIALS if is_report else 0
+        if self.config.any_length:
+            before = max(sum(lengths), self.config.segment_length * (num_segments - 1))
+            lengths_rng = np.random.default_rng((*seed, _LENGTH_SEED))
+            num_tokens = int(lengths_rng.integers(before + len(question), num_tokens + 1))
         num_background = num_tokens - len(question) - sum(lengths)
         fragments = self._draw_fragments((*seed, _FRAGMENT_SEED), num_segments, num_background)
         num_background -= sum(len(tokens) for _, tokens in fragments)
@@ -191,18 +193,22 @@ class Task:
                 for position, (_, tokens) in zip(positions[len(facts) :], fragments, strict=True)
             ),
             question=question,
-            background=self._background.stream(index, (*seed, _BACKGROUND_SEED)),
+            background=self._background.stream(body, (*seed, _BACKGROUND_SEED)),
             tokenizer=self.tokenizer,
             overwrites=is_report and self.config.name != "memorize",
             is_report=is_report,
         )
 
-    def _draw_story(self, rng: np.random.Generator) -> Story:
+    @property
+    def _num_questions(self) -> int:
+        return min(self.config.num_questions, max(map(len, self._asked.values()), default=1))
+
+    def _draw_story(self, rng: np.random.Generator, question_number: int = 0) -> Story:
         if self._stories is None:
             return draw_people(rng, self.config.num_facts, self.split)
-        hard = self.config.hard_share > 0 and rng.random() < self.config.hard_share
-        stories = self._hard if hard and self._hard else self._stories
-        return stories[rng.integers(len(stories))]
+        story = self._stories[rng.integers(len(self._stories))]
+        asked = self._asked[story.facts]
+        return asked[(asked.index(story) + question_number) % len(asked)]
 
     def _draw_fragments(
         self, seed: tuple[int, ...], num_segments: int, num_background: int
@@ -294,6 +300,18 @@ class _Background:
         if article not in self._articles:
             self._articles[article] = PeriodicStream(self._texts[article], self._tokenizer)
         return self._articles[article]
+
+
+def _by_facts(stories: Sequence[Story]) -> dict[tuple[str, ...], list[Story]]:
+    """Put those together that differ in their question alone.
+
+    Returns:
+        The stories by their facts.
+    """
+    groups: dict[tuple[str, ...], list[Story]] = {}
+    for story in stories:
+        groups.setdefault(story.facts, []).append(story)
+    return groups
 
 
 def _stories(config: TaskConfig, split: Split) -> tuple[list[Story] | None, tuple[str, ...]]:
