@@ -74,6 +74,8 @@ def test_only_training_has_fragments():
         ),
         (["encoder.local_reach=0"], "encoder: local_reach must be at least 1"),
         (["curriculum.lesson=true"], "lesson must be false for the task 'memorize', got true"),
+        (["encoder.architecture=bert", "encoder.pooling=mean"], "pooling must be 'cls' for bert"),
+        (["encoder.init_std=0"], "encoder: init_std must be above 0 and below 1, got 0"),
         (["encoder.dropout=1"], "dropout must be at least 0 and below 1"),
         (["encoder.vocab_size=10"], "vocab_size must be at least 257"),
         (["memory.bptt_depth=0"], "memory: bptt_depth must be at least 1"),

@@ -31,7 +31,7 @@ def rmt_reason() -> TaskRunConfig:
         task=TaskPart(name="reason"),
         # one kind of story in four is hardly learned among the others, and not at all where
         # every layer meets the background
-        encoder=EncoderConfig(num_local_layers=2),
+        encoder=EncoderConfig(num_local_layers=2, pooling="mean", init_std=0.07),
         curriculum=CurriculumConfig(lesson=True),
     )
 

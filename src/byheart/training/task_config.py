@@ -117,6 +117,12 @@ class EncoderConfig:
     word stands near it, and there no background hides it."""
     local_reach: int = 6
     """Neighbours on each side that those layers see."""
+    pooling: Literal["cls", "mean"] = "cls"
+    """What the answer is read from: `[CLS]`, or the mean over the window, so that any token can
+    give it; the latter ModernBERT only."""
+    init_std: float = 0.02
+    """Standard deviation of the first weights. With the usual 0.02 a layer of this width hardly
+    changes what it reads; larger ones learn sooner what several layers must do together."""
     embed_dim: int = 128
     """Width of embeddings and hidden states."""
     num_heads: int = 4
@@ -140,6 +146,12 @@ class EncoderConfig:
                 f"{self.architecture}, got {self.num_local_layers}: the last layer must see the "
                 "memory, and only ModernBERT has such layers."
             )
+            raise ValueError(msg)
+        if self.architecture == "bert" and self.pooling != "cls":
+            msg = f"pooling must be 'cls' for bert, got {self.pooling!r}. Use modernbert."
+            raise ValueError(msg)
+        if not 0 < self.init_std < 1:
+            msg = f"init_std must be above 0 and below 1, got {self.init_std}."
             raise ValueError(msg)
         # rotary positions turn pairs of numbers
         unit = self.num_heads * (2 if self.architecture == "modernbert" else 1)

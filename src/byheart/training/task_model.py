@@ -136,6 +136,7 @@ def _scratch(
         "intermediate_size": config.hidden_dim,
         "max_position_embeddings": window,
         "num_labels": num_labels,
+        "initializer_range": config.init_std,
     }
     if config.architecture == "bert":
         return BertForSequenceClassification(
@@ -155,6 +156,7 @@ def _scratch(
             layer_types=["sliding_attention"] * config.num_local_layers
             + ["full_attention"] * (config.num_layers - config.num_local_layers),
             local_attention=2 * config.local_reach,
+            classifier_pooling=config.pooling,
             embedding_dropout=config.dropout,
             mlp_dropout=config.dropout,
             attention_dropout=config.dropout,

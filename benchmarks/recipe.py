@@ -1,0 +1,111 @@
+"""What does each part of the recipes of the tasks bring?
+
+    python -m benchmarks.recipe --task reason --out benchmarks/results/recipe-reason.json
+
+Trains the recipe and variants of it that lack one part each, on documents of up to `SEGMENTS`
+segments, with equal seeds and documents, and says after how many steps each stage was reached.
+A stage that takes longer than `STAGE_STEPS` is given up. What is done is kept: interrupted, the
+same command goes on.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import machine_info
+from byheart.config import apply_overrides, write_text_atomic
+from byheart.errors import CheckpointError
+from byheart.recipes import TASK_RECIPES
+from byheart.training.checkpoint import find_checkpoint
+from byheart.training.task_run import train_task
+
+SEGMENTS = {"reason": 1, "detect": 4}
+STAGE_STEPS = 1500
+SHARED = {
+    "weights themselves, no running average": ["training.average_decay=0"],
+    "no weight decay": ["training.weight_decay=0"],
+    "no fragments of facts in the background": ["task.fragments=0"],
+}
+VARIANTS: dict[str, dict[str, list[str]]] = {
+    "reason": {
+        "the recipe": [],
+        "no local layers": ["encoder.num_local_layers=0"],
+        "one question about each document": ["task.num_questions=1"],
+        "documents fill their segments": ["task.any_length=false"],
+        "no lesson": ["curriculum.lesson=false"],
+        **SHARED,
+    },
+    "detect": {
+        "the recipe": [],
+        "local layers, as in reason": ["encoder.num_local_layers=2"],
+        "BERT": ["encoder.architecture=bert"],
+        "documents of the stage's length alone": ["curriculum.lengths=stage"],
+        "the same rate in all stages": ["training.length_decay=0"],
+        "gated update": ["memory.update=gated"],
+        "noise of 0.1 on the memory": ["memory.noise=0.1"],
+        **SHARED,
+    },
+}
+
+
+def learn(task: str, changes: Iterable[str], seed: int, directory: Path) -> dict[str, Any]:
+    run = apply_overrides(
+        TASK_RECIPES[f"rmt-{task}"](),
+        [
+            f"training.seed={seed}",
+            f"curriculum.max_segments={SEGMENTS[task]}",
+            f"curriculum.stage_steps={STAGE_STEPS}",
+            "curriculum.continue_steps=0",
+            f"evaluation.segments=[{SEGMENTS[task]}]",
+            *changes,
+        ],
+    )
+    try:
+        begun = find_checkpoint(directory).step > 0
+    except CheckpointError:
+        begun = False
+    result = train_task(run, directory, resume=begun, overwrite=not begun)
+    return {
+        "changes": list(changes),
+        "outcome": result.outcome,
+        "steps": result.steps,
+        "accuracy": result.evaluation.measurements[0].accuracy,
+        "reached": [
+            {"stage": "lesson" if e.lesson else e.num_segments, "step": e.step}
+            for e in result.curriculum.reached
+        ],
+        "evaluations": result.curriculum.to_list(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=sorted(VARIANTS), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs", "recipe"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", nargs="*", help="Only these, by name.")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    if arguments.out.is_file():
+        results = json.loads(arguments.out.read_text(encoding="utf-8"))["results"]
+    variants = VARIANTS[arguments.task]
+    for number, (name, changes) in enumerate(variants.items()):
+        if name in results or (arguments.variants and name not in arguments.variants):
+            continue
+        directory = arguments.work / f"{arguments.task}-{number}-seed-{arguments.seed}"
+        results[name] = learn(arguments.task, changes, arguments.seed, directory)
+        settings = {"task": arguments.task, "seed": arguments.seed, "stage_steps": STAGE_STEPS}
+        content = {
+            "machine": machine_info(["transformers"]),
+            "settings": settings,
+            "results": {known: results[known] for known in variants if known in results},
+        }
+        write_text_atomic(arguments.out, json.dumps(content, indent=2) + "\n")
+        print(f"{name}: {results[name]['outcome']}, {results[name]['reached']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
