@@ -26,7 +26,8 @@ from byheart.models.fingerprint import model_fingerprint
 from byheart.training.config import RunConfig
 from byheart.training.run import train
 from byheart.training.task_config import TaskRunConfig
-from byheart.training.task_run import load_task_run, train_task
+from byheart.training.task_files import load_task_run
+from byheart.training.task_run import train_task
 
 _DEADLINE = 30.0
 

@@ -16,8 +16,9 @@ from byheart.evaluation.segments import count_right
 from byheart.models.fingerprint import model_fingerprint
 from byheart.training.stages import kept_stages
 from byheart.training.stop import TrainingInterruptedError
+from byheart.training.task_files import load_task_run
 from byheart.training.task_model import make_task
-from byheart.training.task_run import load_task_run, train_task
+from byheart.training.task_run import train_task
 
 KEEPING = {"keep_stages": True}
 RUN = task_run(curriculum=KEEPING, training={"keep_checkpoints": 9})

@@ -25,8 +25,9 @@ from byheart.training import task_trainer
 from byheart.training.stages import kept_stages
 from byheart.training.stop import TrainingInterruptedError
 from byheart.training.task_config import TaskRunConfig
+from byheart.training.task_files import load_task_run
 from byheart.training.task_model import make_memory_model, make_task, make_tokenizer
-from byheart.training.task_run import load_task_run, train_task
+from byheart.training.task_run import train_task
 from byheart.training.task_trainer import TaskTrainer
 
 RUN = task_run()

@@ -153,7 +153,7 @@ def _measure(
     directory: Path, stage: int, lengths: tuple[int, ...], *, samples: int, rows: int
 ) -> "SegmentsResult":
     from byheart.models.fingerprint import model_fingerprint
-    from byheart.training.task_run import load_task_run
+    from byheart.training.task_files import load_task_run
 
     trained = load_task_run(directory, stage=stage)
     settings = {

@@ -127,8 +127,13 @@ def measure_once(
 
 def _learn(run: TaskRunConfig, directory: Path) -> str:
     from byheart.training.checkpoint import find_checkpoint
+    from byheart.training.task_files import find_result
     from byheart.training.task_run import train_task
 
+    finished = find_result(directory, run)
+    if finished is not None:
+        err_console.print(f"{directory} is finished.", markup=False)
+        return str(finished["summary"])
     try:
         begun = find_checkpoint(directory).step > 0
     except CheckpointError:

@@ -157,7 +157,7 @@ def _write_attention(run: Path, out: Path, *, plot: bool) -> list[Path]:
         The files written.
     """
     from byheart.evaluation.memory_attention import memory_attention, plot_memory_attention
-    from byheart.training.task_run import load_task_run
+    from byheart.training.task_files import load_task_run
 
     trained = load_task_run(run)
     attention = memory_attention(trained.memory_model, trained.task.sample(0, _ATTENTION_SEGMENTS))

@@ -22,7 +22,7 @@ from byheart.training.task_config import TaskRunConfig
 if TYPE_CHECKING:
     from byheart.evaluation.segments import SegmentsProgress
     from byheart.evaluation.segments_result import SegmentsResult
-    from byheart.training.task_run import TrainedTask
+    from byheart.training.task_files import TrainedTask
 
 DEFAULT_SEGMENTS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096"
 
@@ -134,7 +134,7 @@ def measure_run(
     Returns:
         Accuracy by length.
     """
-    from byheart.training.task_run import load_task_run
+    from byheart.training.task_files import load_task_run
 
     return measure_trained(load_task_run(run), segments, samples=samples, rows=rows, device=device)
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +12,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from byheart.adapters.recurrent import RecurrentMemory
-from byheart.adapters.recurrent_saving import load_recurrent, save_recurrent
+from byheart.adapters.recurrent_saving import save_recurrent
 from byheart.config import load_config, save_config, to_dict, write_text_atomic
 from byheart.data.tasks import Task
-from byheart.data.tokenize import Tokenizer, load_tokenizer
-from byheart.errors import CheckpointError
 from byheart.evaluation.segments import SegmentsProgress, evaluate_by_segments
 from byheart.evaluation.segments_result import SegmentsResult
 from byheart.models.fingerprint import model_fingerprint
@@ -32,19 +30,17 @@ from byheart.training.checkpoint import (
 from byheart.training.curriculum import Curriculum, Outcome
 from byheart.training.resumable import METRICS
 from byheart.training.run import refuse_existing
-from byheart.training.stages import STAGES, kept_stages, remove_stages, stage_directory
+from byheart.training.stages import STAGES, kept_stages, remove_stages
 from byheart.training.task_config import TaskRunConfig
+from byheart.training.task_files import CONFIG, RESULT, TOKENIZER, final_task, listed
 from byheart.training.task_model import TaskTokenizer, make_memory_model, make_task, make_tokenizer
 from byheart.training.task_trainer import TaskTrainer, load_curriculum
 
-__all__ = ["TaskResult", "TrainedTask", "load_task_run", "train_task"]
+__all__ = ["TaskResult", "train_task"]
 
-_CONFIG, _TOKENIZER, _RESULT = "config.json", "tokenizer", "result.json"
 _TENSORBOARD = "tensorboard"
 # what may be raised when a run is resumed: lower ones could make steps that are done too many
 _FREE_TO_RAISE = ("stage_steps", "continue_steps")
-# documents of the final evaluation are not those that the curriculum has looked at
-_FINAL_SEED = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,18 +110,6 @@ class TaskResult:
         }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainedTask:
-    """What a run has left."""
-
-    run: TaskRunConfig
-    """Its config."""
-    memory_model: RecurrentMemory
-    """The trained model, or that of a stage, in evaluation mode."""
-    task: Task
-    """Documents with held-out facts, which the run has not been steered by."""
-
-
 def train_task(
     run: TaskRunConfig,
     out_dir: str | os.PathLike[str],
@@ -176,7 +160,7 @@ def train_task(
         if is_main and not resume and not overwrite:
             refuse_existing(out)
         checkpoint = find_checkpoint(out) if resume else None
-        saved = out / _TOKENIZER if resume or not is_main else None
+        saved = out / TOKENIZER if resume or not is_main else None
         tokenizer = make_tokenizer(run, saved)
         identity = _identity(run, tokenizer, arguments.world_size)
         if checkpoint is not None:
@@ -195,42 +179,10 @@ def train_task(
             save_recurrent(trainer.best_model, out / MODEL, with_model=True)
     result = _result(trainer, tokenizer, checkpoint, on_progress)
     if is_main:
-        with explained_write_errors(out / _RESULT):
+        with explained_write_errors(out / RESULT):
             _write_result(result, run, tokenizer, trainer.best_model)
     arguments.distributed_state.wait_for_everyone()
     return result
-
-
-def load_task_run(run_dir: str | os.PathLike[str], *, stage: int | None = None) -> TrainedTask:
-    """Load what a run has left.
-
-    Args:
-        run_dir: Directory of the run.
-        stage: Segments of the stage whose model is wanted, as it was when the stage was reached;
-            the run may be unfinished. `None` for the model of the finished run.
-
-    Returns:
-        Model and documents.
-
-    Raises:
-        CheckpointError: If the run is not finished, or has not kept the stage.
-    """
-    directory = Path(run_dir)
-    if stage is not None:
-        _require_stage(directory, stage)
-    elif not (directory / MODEL).is_dir():
-        msg = (
-            f"{directory} must hold a finished run with {MODEL}/ and {_TOKENIZER}/. Finish it with "
-            "resume=True (--resume), or name the directory of another."
-        )
-        raise CheckpointError(msg)
-    model = directory / MODEL if stage is None else stage_directory(directory, stage)
-    run = load_config(TaskRunConfig, directory / _CONFIG)
-    return TrainedTask(
-        run=run,
-        memory_model=load_recurrent(None, model),
-        task=_final_task(run, load_tokenizer(directory / _TOKENIZER)),
-    )
 
 
 def _train(
@@ -275,7 +227,7 @@ def _identity(run: TaskRunConfig, tokenizer: TaskTokenizer, num_processes: int) 
 
 
 def _check_lengths(run: TaskRunConfig, out: Path) -> None:
-    before = load_config(TaskRunConfig, out / _CONFIG).curriculum
+    before = load_config(TaskRunConfig, out / CONFIG).curriculum
     for name in _FREE_TO_RAISE:
         least, wanted = getattr(before, name), getattr(run.curriculum, name)
         if wanted < least:
@@ -292,30 +244,15 @@ def _check_stages(run: TaskRunConfig, out: Path, checkpoint: Checkpoint) -> None
     if run.curriculum.keep_stages and missing:
         msg = (
             f"curriculum.keep_stages must be false for {out}: it has reached the stages "
-            f"{_listed(missing)} without keeping them. Resume it so, or start anew with another "
+            f"{listed(missing)} without keeping them. Resume it so, or start anew with another "
             "directory or overwrite=True."
         )
         raise ValueError(msg)
 
 
-def _require_stage(directory: Path, stage: int) -> None:
-    kept = kept_stages(directory)
-    if stage not in kept:
-        msg = (
-            f"{directory} must hold the model of stage {stage}, it has kept those of stages "
-            f"{_listed(kept) or 'none'}. Train with curriculum.keep_stages=true until the stage is "
-            "reached, or name another."
-        )
-        raise CheckpointError(msg)
-
-
 def _reached(run: TaskRunConfig, checkpoint: Checkpoint) -> list[int]:
     curriculum = load_curriculum(checkpoint, run.curriculum)
     return [e.num_segments for e in curriculum.reached if not e.lesson]
-
-
-def _listed(stages: Sequence[int]) -> str:
-    return ", ".join(map(str, stages))
 
 
 def _check_shortest(run: TaskRunConfig, train: Task) -> None:
@@ -334,9 +271,9 @@ def _check_shortest(run: TaskRunConfig, train: Task) -> None:
 def _begin_directory(
     out: Path, run: TaskRunConfig, tokenizer: TaskTokenizer, checkpoint: Checkpoint | None
 ) -> None:
-    with explained_write_errors(out / _CONFIG):
+    with explained_write_errors(out / CONFIG):
         out.mkdir(parents=True, exist_ok=True)
-        (out / _RESULT).unlink(missing_ok=True)
+        (out / RESULT).unlink(missing_ok=True)
         if checkpoint is not None:
             # those that the run will come to again
             remove_stages(out, but=_reached(run, checkpoint))
@@ -344,10 +281,10 @@ def _begin_directory(
             # only what a run writes: the directory may be somebody's home
             remove_checkpoints(out)
             (out / METRICS).unlink(missing_ok=True)
-            for name in (MODEL, STAGES, _TOKENIZER, _TENSORBOARD):
+            for name in (MODEL, STAGES, TOKENIZER, _TENSORBOARD):
                 shutil.rmtree(out / name, ignore_errors=True)
-            tokenizer.tokenizer.save(out / _TOKENIZER)
-        save_config(run, out / _CONFIG)
+            tokenizer.tokenizer.save(out / TOKENIZER)
+        save_config(run, out / CONFIG)
 
 
 def _result(
@@ -367,18 +304,13 @@ def _result(
         curriculum=trainer.curriculum,
         evaluation=evaluate_by_segments(
             model,
-            _final_task(run, tokenizer.tokenizer),
+            final_task(run, tokenizer.tokenizer),
             segments=run.evaluation.segments,
             samples=run.evaluation.samples,
             rows=run.evaluation.rows,
             on_progress=on_progress,
         ),
     )
-
-
-def _final_task(run: TaskRunConfig, tokenizer: Tokenizer) -> Task:
-    seed = run.training.seed + _FINAL_SEED
-    return make_task(run, tokenizer, is_training=False, seed=seed)
 
 
 def _write_result(
@@ -391,4 +323,4 @@ def _write_result(
         "tokenizer_fingerprint": tokenizer.tokenizer.fingerprint,
         "versions": {name: version(name) for name in ("byheart", "torch", "transformers")},
     }
-    write_text_atomic(result.out_dir / _RESULT, json.dumps(content, indent=2) + "\n")
+    write_text_atomic(result.out_dir / RESULT, json.dumps(content, indent=2) + "\n")

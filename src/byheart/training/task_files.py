@@ -1,0 +1,144 @@
+"""What a finished run that learned a task has left: its result, its models, its documents."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from byheart.adapters.recurrent import RecurrentMemory
+from byheart.adapters.recurrent_saving import load_recurrent
+from byheart.config import load_config
+from byheart.data.tasks import Task
+from byheart.data.tokenize import Tokenizer, load_tokenizer
+from byheart.errors import CheckpointError
+from byheart.training.checkpoint import MODEL
+from byheart.training.stages import kept_stages, stage_directory
+from byheart.training.task_config import TaskRunConfig
+from byheart.training.task_model import make_task
+
+__all__ = [
+    "CONFIG",
+    "RESULT",
+    "TOKENIZER",
+    "TrainedTask",
+    "final_task",
+    "find_result",
+    "listed",
+    "load_task_run",
+]
+
+CONFIG, TOKENIZER, RESULT = "config.json", "tokenizer", "result.json"
+# documents of the final evaluation are not those that the curriculum has looked at
+_FINAL_SEED = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedTask:
+    """What a run has left."""
+
+    run: TaskRunConfig
+    """Its config."""
+    memory_model: RecurrentMemory
+    """The trained model, or that of a stage, in evaluation mode."""
+    task: Task
+    """Documents with held-out facts, which the run has not been steered by."""
+
+
+def find_result(run_dir: str | os.PathLike[str], run: TaskRunConfig) -> dict[str, Any] | None:
+    """Find what a finished run has left. Its checkpoints may be gone.
+
+    Args:
+        run_dir: Directory of the run.
+        run: What it should have done.
+
+    Returns:
+        The content of `result.json`; `None` if the run is not finished, or goes on with `run`.
+
+    Raises:
+        CheckpointError: If a finished run without checkpoints did something else: it cannot go on,
+            and must not be overwritten.
+    """
+    directory = Path(run_dir)
+    if not (directory / RESULT).is_file() or not (directory / MODEL).is_dir():
+        return None
+    if load_config(TaskRunConfig, directory / CONFIG) == run:
+        content: dict[str, Any] = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+        return content
+    if not any(directory.glob("checkpoint-*")):
+        msg = (
+            f"{directory} must hold a run with these settings, or one with checkpoints to go on "
+            "from: it holds a finished run with others. Name another directory, or remove it."
+        )
+        raise CheckpointError(msg)
+    return None
+
+
+def load_task_run(run_dir: str | os.PathLike[str], *, stage: int | None = None) -> TrainedTask:
+    """Load what a run has left.
+
+    Args:
+        run_dir: Directory of the run.
+        stage: Segments of the stage whose model is wanted, as it was when the stage was reached;
+            the run may be unfinished. `None` for the model of the finished run.
+
+    Returns:
+        Model and documents.
+
+    Raises:
+        CheckpointError: If the run is not finished, or has not kept the stage.
+    """
+    directory = Path(run_dir)
+    if stage is not None:
+        _require_stage(directory, stage)
+    elif not (directory / MODEL).is_dir():
+        msg = (
+            f"{directory} must hold a finished run with {MODEL}/ and {TOKENIZER}/. Finish it with "
+            "resume=True (--resume), or name the directory of another."
+        )
+        raise CheckpointError(msg)
+    model = directory / MODEL if stage is None else stage_directory(directory, stage)
+    run = load_config(TaskRunConfig, directory / CONFIG)
+    return TrainedTask(
+        run=run,
+        memory_model=load_recurrent(None, model),
+        task=final_task(run, load_tokenizer(directory / TOKENIZER)),
+    )
+
+
+def final_task(run: TaskRunConfig, tokenizer: Tokenizer) -> Task:
+    """Make the documents of the final evaluation, which the curriculum has not looked at.
+
+    Args:
+        run: The run.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        Documents with held-out facts.
+    """
+    seed = run.training.seed + _FINAL_SEED
+    return make_task(run, tokenizer, is_training=False, seed=seed)
+
+
+def _require_stage(directory: Path, stage: int) -> None:
+    kept = kept_stages(directory)
+    if stage not in kept:
+        msg = (
+            f"{directory} must hold the model of stage {stage}, it has kept those of stages "
+            f"{listed(kept) or 'none'}. Train with curriculum.keep_stages=true until the stage is "
+            "reached, or name another."
+        )
+        raise CheckpointError(msg)
+
+
+def listed(stages: Sequence[int]) -> str:
+    """Write stages as a list for a message.
+
+    Args:
+        stages: Their numbers.
+
+    Returns:
+        The list; empty if there are none.
+    """
+    return ", ".join(map(str, stages))
