@@ -128,6 +128,9 @@ def test_reproduce_trains_once_and_compares_with_the_report(command, stories, tm
     assert "2 runs" in out
     result = json.loads((tmp_path / "memorize.json").read_text())
     assert result["report"]["4096"] == 0.9056
+    assert result["made_by"]["command"].startswith("byheart reproduce memorize --quick --out ")
+    assert set(result["made_by"]["versions"]) == {"byheart", "torch", "transformers", "python"}
+    assert result["made_by"]["processor"]
     assert all("All 2 stages were reached" in outcome for outcome in result["outcomes"])
     assert (tmp_path / "memorize.png").read_bytes().startswith(b"\x89PNG")
     attention = json.loads((tmp_path / "attention.json").read_text())

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from byheart.cli.common import err_console, print_json
+from byheart.cli.provenance import provenance
 from byheart.config import write_text_atomic
 
 OutOption = Annotated[Path, typer.Option(help="Directory for result, table and plot.")]
@@ -22,7 +23,7 @@ def write_output(
     table: str,
     draw: Callable[[Path], Path] | None,
 ) -> list[Path]:
-    """Write what was computed as NAME.json, NAME.md and NAME.png.
+    """Write what was computed as NAME.json, with what made it, NAME.md and NAME.png.
 
     Args:
         directory: Where to; made if missing.
@@ -36,7 +37,8 @@ def write_output(
     """
     directory.mkdir(parents=True, exist_ok=True)
     files = [directory / f"{name}.json", directory / f"{name}.md"]
-    write_text_atomic(files[0], json.dumps(result, indent=2, allow_nan=False) + "\n")
+    content = {**result, "made_by": provenance()}
+    write_text_atomic(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")
     write_text_atomic(files[1], table)
     if draw is not None:
         try:
