@@ -151,20 +151,33 @@ def test_reproduce_trains_once_and_compares_with_the_report(command, stories, tm
     assert [entry["num_segments"] for entry in measured["measurements"]] == [2, 3, 5]
     assert measured["measurements"][:2] == kept
     assert longer.index("| 3 |") < longer.index("| 5 |") < longer.index("| 2 |")
-    # what is finished needs no checkpoints, and is not overwritten by other settings
+
+
+def test_a_finished_run_needs_no_checkpoints_and_is_not_overwritten(command, stories, tmp_path):
+    arguments = (
+        "reproduce", "memorize", "--quick", "--out", tmp_path, "--segments", "2",
+        "--samples", 4, "--no-plot", *RUN, EASY, *stories,
+    )  # fmt: skip
+    code, out, err = command(*arguments, "--seeds", 2)
+    assert code == 0, err
+    weights = (tmp_path / "seed-1" / "model" / "recurrent_memory.safetensors").read_bytes()
     for checkpoint in tmp_path.glob("seed-*/checkpoint-*"):
         shutil.rmtree(checkpoint)
-    code, again, err = command(*arguments)
+    # what is measured needs no model
+    shutil.rmtree(tmp_path / "seed-1" / "model")
+    code, again, err = command(*arguments, "--seeds", 2)
     assert (code, again) == (0, out), err
+    code, _, err = command(*arguments, "--seeds", 2, "--segments", "7")
+    assert code == 1
+    assert "must hold a finished run with model/" in " ".join(err.split())
     code, _, err = command(*arguments, "--set", "training.learning_rate=1e-4")
     assert code == 1
     assert "it holds a finished run with others" in " ".join(err.split())
-    assert (tmp_path / "seed-1" / "model" / "recurrent_memory.safetensors").read_bytes() == weights
-    # with a checkpoint a killed run goes on
+    # a run that is not there is trained, and its model is the same
     shutil.rmtree(tmp_path / "seed-1")
-    code, again, err = command(*arguments)
+    code, _, err = command(*arguments, "--seeds", 2)
     assert code == 0, err
-    assert "Training" in err
+    assert (tmp_path / "seed-1" / "model" / "recurrent_memory.safetensors").read_bytes() == weights
 
 
 def test_generalization_measures_every_stage_and_goes_on_by_itself(command, stories, tmp_path):

@@ -47,7 +47,7 @@ class TrainedTask:
 
 
 def find_result(run_dir: str | os.PathLike[str], run: TaskRunConfig) -> dict[str, Any] | None:
-    """Find what a finished run has left. Its checkpoints may be gone.
+    """Find what a finished run has left. Its checkpoints may be gone, and its model too.
 
     Args:
         run_dir: Directory of the run.
@@ -61,7 +61,7 @@ def find_result(run_dir: str | os.PathLike[str], run: TaskRunConfig) -> dict[str
             and must not be overwritten.
     """
     directory = Path(run_dir)
-    if not (directory / RESULT).is_file() or not (directory / MODEL).is_dir():
+    if not (directory / RESULT).is_file():
         return None
     if load_config(TaskRunConfig, directory / CONFIG) == run:
         content: dict[str, Any] = json.loads((directory / RESULT).read_text(encoding="utf-8"))
