@@ -4,7 +4,7 @@
 
 The floor is the product alone: every inner product computed into one reused buffer, nothing
 selected. Contenders take turns, so ratios come from one run; each result is checked against
-`torch.matmul` + `topk`, score by score.
+`torch.matmul` + `topk`, score by score. With a GPU everything runs there, unless told otherwise.
 """
 
 import argparse
@@ -52,10 +52,13 @@ def make_keys(kind: str, rows: int, entries: int, generator: torch.Generator) ->
 def product(queries: Tensor, keys: Tensor) -> Callable[[], None]:
     """Return the bare product: every score computed, none kept.
 
-    Its blocks were the fastest of 64 to 512 queries by 2048 to 65536 entries on 2 cores.
+    Its blocks were the fastest of 64 to 512 queries by 2048 to 65536 entries on 2 cores; a GPU gets
+    whole heads.
     """
     num_queries, num_entries = (512, 4096) if keys.dtype is torch.float32 else (256, 8192)
-    flat = torch.empty(num_queries * num_entries, dtype=keys.dtype)
+    if keys.is_cuda:
+        num_queries, num_entries = queries.shape[2], keys.shape[2]
+    flat = torch.empty(num_queries * num_entries, dtype=keys.dtype, device=keys.device)
 
     def call() -> None:
         for queries_QD, keys_ND in zip(queries.flatten(0, 1), keys.flatten(0, 1), strict=True):
@@ -74,7 +77,7 @@ def matmul_topk(queries: Tensor, keys: Tensor) -> Callable[[], Tensor]:
     """Return what one writes without thinking, head by head so that it fits into memory."""
 
     def call() -> Tensor:
-        found = torch.empty(*queries.shape[:3], TOP_K)
+        found = torch.empty(*queries.shape[:3], TOP_K, device=queries.device)
         for row in range(keys.shape[0]):
             for head in range(HEADS):
                 scores = torch.matmul(queries[row, head], keys[row, head].t())
@@ -85,7 +88,9 @@ def matmul_topk(queries: Tensor, keys: Tensor) -> Callable[[], Tensor]:
 
 
 def faiss_knn(queries: Tensor, keys: Tensor) -> Callable[[], Tensor] | None:
-    """Return faiss' exact search without an index, or `None` if faiss is not installed."""
+    """Return faiss' exact search without an index, or `None` if faiss cannot run here."""
+    if keys.is_cuda:
+        return None
     try:
         import faiss
     except ImportError:
@@ -108,7 +113,9 @@ def faiss_knn(queries: Tensor, keys: Tensor) -> Callable[[], Tensor] | None:
     return call
 
 
-def measure(kind: str, rows: int, entries: int, repeats: int) -> dict[str, Any]:
+def measure(
+    kind: str, rows: int, entries: int, repeats: int, device: torch.device
+) -> dict[str, Any]:
     """Time all contenders at one size; refuse to report a wrong result."""
     generator = torch.Generator().manual_seed(entries)
     keys = make_keys(kind, rows, entries, generator)
@@ -117,8 +124,9 @@ def measure(kind: str, rows: int, entries: int, repeats: int) -> dict[str, Any]:
         # text asks for what it contains
         asked = torch.randint(entries, (rows, HEADS, QUERIES, 1), generator=generator)
         queries = normalize(keys.gather(2, asked.expand_as(queries)) + 0.1 * queries, dim=-1)
+    queries, keys = queries.to(device), keys.to(device)
     half = keys.bfloat16()
-    valid = torch.ones(rows, entries, dtype=torch.bool)
+    valid = torch.ones(rows, entries, dtype=torch.bool, device=device)
     searches: dict[str, Callable[[], Tensor]] = {
         "byheart": lambda: top_k_inner_product(queries, keys, valid, TOP_K).scores,
         "byheart, float32 pass only": lambda: (
@@ -131,15 +139,22 @@ def measure(kind: str, rows: int, entries: int, repeats: int) -> dict[str, Any]:
     naive = matmul_topk(queries, keys)
     expected = naive()
     for name, call in searches.items():
-        worst = (call() - expected).abs().max().item()
-        if worst > TOLERANCE:
-            msg = f"{name} is wrong at {entries} entries: scores differ by {worst}"
-            raise SystemExit(msg)
+        check(name, call(), expected)
+    halves: dict[str, Callable[[], Tensor]] = {
+        "byheart, bfloat16 keys": lambda: top_k_inner_product(queries, half, valid, TOP_K).scores,
+    }
+    if keys.is_cuda:
+        asked = queries.bfloat16()
+        halves["byheart, bfloat16 both"] = lambda: (
+            top_k_inner_product(asked, half, valid, TOP_K).scores
+        )
+        for (name, call), wide in zip(halves.items(), (queries, asked.float()), strict=True):
+            check(name, call(), matmul_topk(wide, half.float())())
     contenders: dict[str, Callable[[], object]] = {
         "product float32": product(queries, keys),
         "product bfloat16": product(queries.bfloat16(), half),
         **searches,
-        "byheart, bfloat16 keys": lambda: top_k_inner_product(queries, half, valid, TOP_K),
+        **halves,
         "matmul + topk": naive,
     }
     timings = time_pairs(contenders, repeats)
@@ -157,6 +172,13 @@ def measure(kind: str, rows: int, entries: int, repeats: int) -> dict[str, Any]:
     return result
 
 
+def check(name: str, scores: Tensor, expected: Tensor) -> None:
+    worst = (scores - expected).abs().max().item()
+    if worst > TOLERANCE:
+        msg = f"{name} is wrong: scores differ by {worst}"
+        raise SystemExit(msg)
+
+
 def report(result: dict[str, Any]) -> None:
     print(f"\n{result['entries']} entries, {result['keys']} keys, {result['rows']} rows")
     print(f"{'':28}{'median s':>10}{'fastest s':>11}{'x float32':>11}{'x bfloat16':>11}")
@@ -172,6 +194,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--quick", action="store_true", help="one row, small memories, few repeats")
     parser.add_argument("--huge", action="store_true", help="also 262144 entries")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=torch.device(default))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--note", help="kept with the results, for example how the run was started")
     arguments = parser.parse_args()
@@ -184,14 +208,15 @@ def main() -> None:
     if arguments.huge:
         cases.append(("random", 262144, 3))
     results: dict[str, Any] = {
-        "machine": machine_info(["faiss-cpu"]),
+        "machine": machine_info(["faiss-cpu", "triton"]),
+        "device": str(arguments.device),
         "note": arguments.note,
         "shape": {"heads": HEADS, "queries": QUERIES, "head_dim": HEAD_DIM, "top_k": TOP_K},
         "cases": [],
     }
     for kind, entries, repeats in cases:
         # 262144 entries of one row are as many scores as 65536 of four
-        result = measure(kind, rows if entries <= 65536 else 1, entries, repeats)
+        result = measure(kind, rows if entries <= 65536 else 1, entries, repeats, arguments.device)
         report(result)
         results["cases"].append(result)
         if arguments.out is not None:
