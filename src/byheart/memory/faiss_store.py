@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from byheart.memory.age import find_by_weight
+from byheart.memory.age import AgeBias, find_by_weight
 from byheart.memory.dense import DenseStore
 from byheart.memory.faiss_index import build_index, import_faiss, search_index
 from byheart.memory.store import KeyValues, MemoryRead
@@ -184,8 +184,8 @@ class FaissStore:
         device, queries, scale = queries.device, queries.cpu(), scale.cpu()
         cursor = self.ring.cursor
 
-        def search(queries: Tensor, bias: Tensor | None) -> Neighbours:
-            return self._search(queries.float(), top_k, bias)
+        def search(queries: Tensor, bias: AgeBias | None) -> Neighbours:
+            return self._search(queries.float(), top_k, None if bias is None else bias.dense())
 
         found, bias = find_by_weight(search, queries, scale, cursor, age_slope)
         attended = gather_attend(queries, scale, self.ring.keys, self.ring.values, found, bias=bias)
