@@ -101,7 +101,7 @@ def encode_blocks(
 
 def _encode(codes: KeyCodes, keys_GTSD: Tensor, place: tuple[int, slice, slice]) -> None:
     shifted = keys_GTSD - codes.centers[place[0], :, None, None]
-    sizes_GT = torch.linalg.vector_norm(shifted, math.inf, dim=(2, 3))
+    sizes_GT = shifted.abs().amax((2, 3))
     scales_GT = (sizes_GT / LARGEST_CODE).clamp_(min=UNDERFLOW)
     units = shifted.div_(scales_GT[..., None, None])
     # what is not finite has a code, too; the infinite error says that it means nothing
@@ -116,5 +116,6 @@ def _encode(codes: KeyCodes, keys_GTSD: Tensor, place: tuple[int, slice, slice])
 
 
 def _longest(vectors_GTSD: Tensor) -> Float[Tensor, "kv_heads block"]:
-    longest: Tensor = torch.linalg.vector_norm(vectors_GTSD, dim=3).amax(2)
-    return longest + UNDERFLOW * math.sqrt(vectors_GTSD.shape[3])
+    # twice as fast as a vector norm of the last axis
+    longest_GT = vectors_GTSD.square().sum(3).amax(2).sqrt()
+    return longest_GT + UNDERFLOW * math.sqrt(vectors_GTSD.shape[3])
