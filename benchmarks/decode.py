@@ -1,13 +1,13 @@
 """Tokens per second of decoding with a full memory, against decoding without one and against peers.
 
-    python -m benchmarks.decode --out benchmarks/results/decode.json [--quick] [--preset 184m]
+    python -m benchmarks.decode --trained 300 --out benchmarks/results/decode.json [--quick]
+    python -m benchmarks.decode --preset 184m --out benchmarks/results/decode-184m.json
     python -m benchmarks.decode --out benchmarks/results/decode-batch.json --batch 32
 
 The model is a preset without training (by default "20m": 6 layers, width 512, 8 heads of 64), XL
 cache 512, one memory layer, top-32. Keys in memory are random directions, the hardest case: nothing
-in common, so bounds discard least. `--keys FILE` takes those of a trained decoder instead: a tensor
-`[heads, entries, head_dim]` under "keys", queries `[heads, number, head_dim]` under "queries" and
-"scale" `[heads]`; then the memory layer alone is measured as well.
+in common, so bounds discard least. With `--trained STEPS` the memory layer alone is measured as
+well, on keys, queries and scales of the decoder that `benchmarks.recall` trains for so many steps.
 
 The floor of the memory is the time to read the keys of all heads once, at the rate at which this
 machine adds up a large tensor; ours reads 8-bit codes, a quarter of the bytes. The floor of the
@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from benchmarks.harness import machine_info, time_pairs, write_json
+from benchmarks.recall import NUM_QUERIES, decoder_keys, standard_library, trained_decoder
 from byheart.memory import coded_keys
 from byheart.memory.age import AgeBias
 from byheart.memory.dense import DenseStore
@@ -45,7 +46,7 @@ from byheart.ops.search_select import EXCLUDED
 VOCAB, TOP_K, PROMPT = 257, 32, 576
 SIZES = {"quick": (65_536,), "full": (65_536, 1_048_576)}
 AGE_SLOPE = 0.5
-PEER_CONTEXT = 65_536
+PEER_CONTEXT, PEER_BYTES = 65_536, 2 << 30
 
 Run = Callable[[], None]
 
@@ -139,6 +140,12 @@ def our_runs(arguments: argparse.Namespace, tokens: int) -> dict[str, Run]:
     return runs
 
 
+def token_bytes(name: str) -> int:
+    """Return the bytes of one token in a cache of all layers."""
+    config = preset(name, VOCAB)
+    return 2 * 4 * config.num_layers * config.num_heads * config.head_dim
+
+
 def llama_run(name: str, batch: int, context: int, tokens: int) -> Run:
     """Decode with a full-attention model of the same shape and a cache of so many tokens."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -214,11 +221,13 @@ def floors(arguments: argparse.Namespace, rate: float) -> dict[str, float]:
     return result
 
 
-def real_keys(path: Path, rounds: int) -> dict[str, Any]:
-    """Time the memory layer alone on given keys and queries; every result is checked."""
-    data = torch.load(path, weights_only=True)
-    keys, queries = data["keys"].float()[None], data["queries"].float()[None]
-    size = keys.shape[2]
+def real_keys(steps: int, entries: int, rounds: int) -> dict[str, Any]:
+    """Time the memory layer alone on keys of a trained decoder; the result is checked."""
+    text = standard_library()
+    read = text[-entries - NUM_QUERIES :]
+    decoder = trained_decoder(text[: -len(read)], steps, normalize_qk=True)
+    queries, keys = decoder_keys(decoder, read)
+    size, scale = keys.shape[2], decoder.blocks[-1].attention.log_scale.detach().exp()  # type: ignore[union-attr]
     cursor = RingCursor(memory_size=size, num_written=torch.tensor([size]))
     store = DenseStore(keys=keys, values=keys, cursor=cursor)
     results: dict[str, Any] = {"entries": size, "heads": keys.shape[1]}
@@ -227,7 +236,7 @@ def real_keys(path: Path, rounds: int) -> dict[str, Any]:
 
         def attend(slope: float = slope, turns: Iterator[int] = turns) -> Neighbours:
             turn = next(turns) % queries.shape[2]
-            return store.attend(queries[:, :, turn : turn + 1], data["scale"], TOP_K, slope).found
+            return store.attend(queries[:, :, turn : turn + 1], scale, TOP_K, slope).found
 
         def product(attend: Callable[[], Neighbours] = attend) -> Neighbours:
             with float32_product():
@@ -254,28 +263,32 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="rows; above 1 with 65,536 entries")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--keys", type=Path, help="keys and queries of a trained decoder")
+    parser.add_argument("--trained", type=int, metavar="STEPS", help="also real keys")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rounds = arguments.rounds or (3 if arguments.quick else 7)
     # the prompt leaves room for so many tokens in its segment
     tokens = min(8, (512 - PROMPT % 512) // (rounds + 1))
     info = machine_info(["transformers", "faiss-cpu", "memorizing-transformers-pytorch"])
+    entries = SIZES["quick" if arguments.quick else "full"][-1]
+    real = real_keys(arguments.trained, entries, rounds) if arguments.trained else None
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         runs = our_runs(arguments, tokens)
         context = 4096 if arguments.quick else PEER_CONTEXT
-        if arguments.batch == 1:
-            runs[f"transformers, {context} cached"] = llama_run(
-                arguments.preset, arguments.batch, context, tokens
-            )
+        if arguments.batch == 1 and arguments.preset == "20m":
             peer = memorizing_run(arguments.batch, context, tokens, folder)
             if peer is not None:
                 runs[f"memorizing-transformers-pytorch {context}"] = peer
+        if arguments.batch == 1:
+            while context * token_bytes(arguments.preset) > PEER_BYTES:
+                context //= 2
+            runs[f"transformers, {context} cached"] = llama_run(
+                arguments.preset, arguments.batch, context, tokens
+            )
         # it takes its turns with the others: what slows them slows their floor
         large = torch.ones(1 << 26)
         timings = time_pairs({"adding up a large tensor": large.sum, **runs}, rounds)
         rate = large.nbytes / timings.pop("adding up a large tensor").median
-        real = None if arguments.keys is None else real_keys(arguments.keys, rounds)
     report(arguments, timings, tokens, rate, {"machine": info, "rounds": rounds, "keys": real})
 
 

@@ -148,7 +148,7 @@ def test_equals_the_slow_twin(dtype):
     top_k=st.integers(1, 40),
     log_size=st.integers(-12, 12),
     slab=st.integers(1, 3),
-    survivors=st.sampled_from([1, 256]),
+    survivors=st.sampled_from([1, 8]),
 )
 def test_any_sizes_equal_the_full_product(
     seed, entries, head_dim, top_k, log_size, slab, survivors

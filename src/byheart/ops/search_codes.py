@@ -41,8 +41,9 @@ _FIRST_SLABS = 2
 # than its use
 _SCORE_BYTES = 32 << 20
 
-# entries per query, in units of top_k, above which a float32 product is cheaper than picking them
-_MAX_SURVIVORS = 256
+# one in so many entries, but at least so many times top_k, may be left to be scored in float32:
+# picked one by one they take some ten times as long as in a product
+_MAX_SHARE, _MAX_SURVIVORS = 64, 8
 
 
 @runtime_checkable
@@ -194,11 +195,12 @@ def _survivors(
         Their problems, ascending, their slots, and the problems with too many, which are left out.
     """
     cut_P = _scan_what_matters(scan, bounds, top_k)
-    num_blocks, limit = bounds.most.shape[1], _MAX_SURVIVORS * top_k
+    num_blocks = bounds.most.shape[1]
+    limit = max(_MAX_SURVIVORS * top_k, num_blocks * BLOCK // _MAX_SHARE)
     # written so that a bound that is not a number discards nothing
     reached_PB = ~((scan.best_PB * bounds.factors).add_(bounds.high) < cut_P[:, None])
     reached_PB &= scan.done_PB
-    hopeless_P = reached_PB.sum(1) > limit
+    hopeless_P = reached_PB.sum(1) > max(limit, num_blocks // 2)
     reached_PB &= ~hopeless_P[:, None]
     hits = reached_PB.view(-1).nonzero().squeeze(1)
     problem_H = hits // num_blocks
