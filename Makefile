@@ -51,6 +51,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.step --quick
 	$(BIN)/python -m benchmarks.attach --quick
 	$(BIN)/python -m benchmarks.rmt --quick --rounds 1
+	$(BIN)/python -m benchmarks.decode --quick
+	$(BIN)/python -m benchmarks.read --quick
 
 # without its own dependencies: it asks for faiss-gpu, and runs on faiss-cpu
 bench-peers: setup

@@ -39,13 +39,15 @@ class Neighbours(NamedTuple):
     """False at the end of rows with fewer than `top_k` valid entries."""
 
 
-def check_shapes(queries: Tensor, keys: Tensor, valid: Tensor, bias: Tensor | None = None) -> None:
+def check_shapes(
+    queries: Tensor, keys: Tensor, valid: Tensor | None = None, bias: Tensor | None = None
+) -> None:
     """Refuse tensors that do not fit together.
 
     Args:
         queries: Batch, heads, queries, head_dim.
         keys: Batch, key-value heads, entries, head_dim.
-        valid: Batch, entries.
+        valid: Batch, entries; `None` if the caller has counted them.
         bias: Batch, entries.
 
     Raises:
@@ -70,15 +72,15 @@ def check_shapes(queries: Tensor, keys: Tensor, valid: Tensor, bias: Tensor | No
             f"({keys.shape[1]}), got {heads}. Search a memory of the same model."
         )
         raise ValueError(msg)
-    if valid.shape != (batch, keys.shape[2]):
+    if valid is not None and valid.shape != (batch, keys.shape[2]):
         msg = (
             f"valid must have the shape (batch, entry) = ({batch}, {keys.shape[2]}), got "
             f"{tuple(valid.shape)}. Pass one flag per row and slot."
         )
         raise ValueError(msg)
-    if bias is not None and bias.shape != valid.shape:
+    if bias is not None and bias.shape != (batch, keys.shape[2]):
         msg = (
-            f"bias must have the shape (batch, entry) = {tuple(valid.shape)}, got "
+            f"bias must have the shape (batch, entry) = ({batch}, {keys.shape[2]}), got "
             f"{tuple(bias.shape)}. Pass one number per row and slot."
         )
         raise ValueError(msg)
