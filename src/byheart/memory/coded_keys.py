@@ -1,7 +1,9 @@
 """Codes of the keys in a ring, for fast searches with few queries on the CPU."""
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from byheart.ops.key_codes import BLOCK, KeyCodes, encode_blocks, multiplies_codes, new_codes
@@ -19,20 +21,37 @@ _MAX_QUERIES = 4
 _SAMPLE = 4096
 
 
+class _Made(NamedTuple):
+    codes: KeyCodes
+    is_stale: Bool[Tensor, "batch block"]
+    """Blocks whose codes are not those of their keys."""
+    keys: Tensor
+    version: int | None
+    """How often the keys had been written to when `is_stale` was right."""
+
+    def are_of(self, keys: Tensor) -> bool:
+        return self.keys is keys and self.version == _version(keys)
+
+
+def _version(keys: Tensor) -> int | None:
+    return None if keys.is_inference() else keys._version
+
+
 class CodedKeys:
     """What values that share a ring of keys share beside it: codes of these keys.
 
-    They say nothing that the keys do not say. They are made when a search first wants them, changed
-    with every write to the ring, and neither saved nor counted as part of a store's value. Whether
-    a slot is in use does not matter to them, so a reset changes nothing. They take an eighth of the
-    bytes of a float32 ring.
+    They say nothing that the keys do not say, and are neither saved nor part of a store's value. A
+    search makes them; a write only marks what it has changed, and the next search that reads those
+    slots encodes them. Keys that anything else has written to are encoded anew. Whether a slot is
+    in use does not matter, so a reset changes nothing. Codes take an eighth of the bytes of keys
+    and values in float32.
     """
 
-    def __init__(self, codes: KeyCodes | None = None) -> None:
-        self._codes = codes
+    def __init__(self, made: _Made | None = None) -> None:
+        self._made = made
 
     def of(self, keys: Tensor, num_used: Int[Tensor, " batch"]) -> KeyCodes:
-        """Return the codes, made now if there are none.
+        """Return the codes, made now where there are none.
 
         Args:
             keys: All slots of the ring.
@@ -41,43 +60,78 @@ class CodedKeys:
         Returns:
             Codes of at least the slots in use.
         """
-        if self._codes is None:
-            most = int(num_used.max())
-            # rows with fewer entries lend the others' slots a center, which need not be their own
-            step = max(1, most // _SAMPLE)
-            centers = keys[:, :, :most:step].float().mean(2).nan_to_num_(0.0, 0.0, 0.0)
-            codes = new_codes(keys, centers)
-            for row, used in enumerate(num_used.tolist()):
-                encode_blocks(codes, keys, row, range(-(-used // BLOCK)))
-            self._codes = codes
-        return self._codes
+        made = self._made
+        # what is made in inference mode could not be changed outside of it
+        with torch.inference_mode(mode=False), torch.no_grad():
+            if made is None or not made.are_of(keys):
+                made = self._made = _make(keys, int(num_used.max()))
+            blocks = torch.arange(made.is_stale.shape[1])
+            wanted_BT = made.is_stale & (blocks * BLOCK < num_used[:, None])
+            if wanted_BT.any():
+                # runs of blocks begin and end where the difference is 1 and -1
+                edges_BT = torch.nn.functional.pad(wanted_BT.byte(), (1, 1)).char().diff(dim=1)
+                begins, ends = ((edges_BT == sign).nonzero().tolist() for sign in (1, -1))
+                for (row, begin), (_, end) in zip(begins, ends, strict=True):
+                    encode_blocks(made.codes, keys, row, range(begin, end))
+                # only then: another thread may read the same store
+                made.is_stale.logical_and_(~wanted_BT)
+        return made.codes
 
-    def rewrite(self, keys: Tensor, slots: Int[Tensor, "batch entry"]) -> None:
-        """Encode the blocks that were written to.
+    def check(self, keys: Tensor) -> None:
+        """Drop the codes if anything but `mark` has followed the keys. Call it before a write.
+
+        Args:
+            keys: All slots of the ring.
+        """
+        if self._made is not None and not self._made.are_of(keys):
+            self._made = None
+
+    def mark(
+        self, keys: Tensor, slots: Int[Tensor, "batch entry"], keep: Bool[Tensor, "batch entry"]
+    ) -> None:
+        """Remember what a write has changed.
 
         Args:
             keys: All slots of the ring, after the write.
-            slots: The slots that were written, in the order of the ring.
+            slots: Slots of the write.
+            keep: Which of them were written.
         """
-        if self._codes is None or slots.shape[1] == 0:
-            return
-        for row, (first, last) in enumerate(slots[:, [0, -1]].tolist()):
-            # the slots of a write follow each other round the ring
-            runs = [(first, last)] if first <= last else [(first, keys.shape[2] - 1), (0, last)]
-            for start, end in runs:
-                encode_blocks(self._codes, keys, row, range(start // BLOCK, end // BLOCK + 1))
+        if self._made is not None:
+            row_ids, columns = keep.nonzero(as_tuple=True)
+            self._made.is_stale[row_ids, slots[row_ids, columns] // BLOCK] = True
+            self._made = self._made._replace(version=_version(keys))
 
-    def select_rows(self, row_ids: Int[Tensor, " rows"]) -> "CodedKeys":
+    def select_rows(self, row_ids: Int[Tensor, " rows"], keys: Tensor, copy: Tensor) -> "CodedKeys":
         """Copy the codes of the named rows.
 
-        Returns:
-            Codes of a ring in which these rows were copied.
-        """
-        return CodedKeys(self._codes and KeyCodes(*(side[row_ids] for side in self._codes)))
+        Args:
+            row_ids: The rows.
+            keys: All slots of the ring.
+            copy: The same rows of it.
 
-    def forget(self) -> None:
-        """Drop the codes, after the ring was filled otherwise."""
-        self._codes = None
+        Returns:
+            Codes of the copy.
+        """
+        self.check(keys)
+        if self._made is None:
+            return CodedKeys()
+        with torch.inference_mode(mode=False), torch.no_grad():
+            codes = KeyCodes(*(side[row_ids] for side in self._made.codes))
+            return CodedKeys(_Made(codes, self._made.is_stale[row_ids], copy, _version(copy)))
+
+
+def _make(keys: Tensor, most_used: int) -> _Made:
+    """Allocate codes.
+
+    Returns:
+        Codes of nothing so far: all are stale.
+    """
+    # rows with fewer entries lend the others' slots a center, which need not be their own
+    step = max(1, most_used // _SAMPLE)
+    centers = keys[:, :, :most_used:step].float().mean(2).nan_to_num_(0.0, 0.0, 0.0)
+    codes = new_codes(keys, centers)
+    is_stale = torch.ones(keys.shape[0], codes.scales.shape[2], dtype=torch.bool)
+    return _Made(codes, is_stale, keys, _version(keys))
 
 
 def are_worth_it(queries: Tensor, keys: Tensor, num_used: Int[Tensor, " batch"]) -> bool:

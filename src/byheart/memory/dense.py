@@ -146,13 +146,14 @@ class DenseStore:
         """
         turn = self._lease.take_turn(self._turn)
         cursor = self.cursor
+        self._coded.check(self.keys)
         # entries of one write must not share a slot, so longer writes go round the ring in laps
         for start in range(0, keys.shape[2], self.memory_size):
             lap = slice(start, start + self.memory_size)
             slots_BN = cursor.claim(keep[:, lap])
             for storage, entries in ((self.keys, keys), (self.values, values)):
                 overwrite(storage, entries[:, :, lap], slots_BN, keep[:, lap])
-            self._coded.rewrite(self.keys, slots_BN)
+            self._coded.mark(self.keys, slots_BN, keep[:, lap])
             cursor = cursor.advance(keep[:, lap].sum(1))
         return replace(self, cursor=cursor, _turn=turn)
 
@@ -239,12 +240,13 @@ class DenseStore:
             A store of its own.
         """
         self.require_current()
+        keys = self.keys[row_ids]
         return replace(
             self,
-            keys=self.keys[row_ids],
+            keys=keys,
             values=self.values[row_ids],
             cursor=replace(self.cursor, num_written=self.num_written[row_ids]),
-            _coded=self._coded.select_rows(row_ids),
+            _coded=self._coded.select_rows(row_ids, self.keys, keys),
             _lease=Lease(),
             _turn=0,
         )
@@ -320,8 +322,8 @@ class DenseStore:
         turn = self._lease.take_turn(self._turn)
         self.keys[:, :, :num_used].copy_(state["keys"])
         self.values[:, :, :num_used].copy_(state["values"])
-        self._coded.forget()
-        return replace(self, cursor=replace(self.cursor, num_written=num_written), _turn=turn)
+        cursor = replace(self.cursor, num_written=num_written)
+        return replace(self, cursor=cursor, _coded=CodedKeys(), _turn=turn)
 
     @torch.no_grad()
     def _search(self, queries: Tensor, top_k: int, bias: AgeBias | None) -> Neighbours:
