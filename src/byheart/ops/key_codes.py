@@ -6,10 +6,11 @@ differences, and of what rounding left.
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Int32
 from torch import Tensor
 
 # slots that share a scale and bounds: with 32 the work per block shows, with 128 more entries stay
@@ -24,16 +25,61 @@ _CHUNK_BLOCKS = 4
 UNDERFLOW = 2.0**-63
 
 
+@cache
 def multiplies_codes() -> bool:
     """Say whether this processor multiplies codes fast and exactly.
 
-    Without the instruction a library may add pairs of products in 16 bits, where they saturate.
+    Without the instruction a library may add pairs of products in 16 bits, where they saturate. It
+    may be told not to use an instruction that is there, and the operator is not part of PyTorch's
+    public interface: so a product whose result is known has the last word.
 
     Returns:
         Whether it does.
     """
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_vnni") or capabilities.get("amx_int8"))
+    if not (capabilities.get("avx512_vnni") or capabilities.get("amx_int8")):
+        return False
+    try:
+        return all(_is_exact(head_dim) for head_dim in (2, 16, 40, 64, 67, 128))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+        return False
+
+
+def _is_exact(head_dim: int) -> bool:
+    """Multiply as a search does, the largest codes and others.
+
+    Returns:
+        Whether the products are right.
+    """
+    with torch.inference_mode(mode=False):
+        keys_ND = torch.arange(5 * BLOCK * head_dim).mul_(37).remainder_(255).sub_(LARGEST_CODE)
+        keys_ND = keys_ND.to(torch.int8).view(-1, head_dim)
+        keys_ND[::2] = LARGEST_CODE
+        keys_ND[::3] = -LARGEST_CODE
+        for query_1D in (keys_ND[1:2], keys_ND[2:3], keys_ND[3:4]):
+            multiplied = multiply_codes(query_1D, keys_ND, torch.empty(1, len(keys_ND)).int())
+            if not torch.equal(multiplied, (keys_ND.int() * query_1D.int()).sum(1).int()[None]):
+                return False
+    return True
+
+
+def multiply_codes(
+    query_1D: Int8[Tensor, "1 head_dim"],
+    keys_ND: Int8[Tensor, "entry head_dim"],
+    out: Int32[Tensor, "1 entry"],
+) -> Int32[Tensor, "1 entry"]:
+    """Multiply the code of a query with those of keys.
+
+    Args:
+        query_1D: The query.
+        keys_ND: Keys of at least two numbers: torch 2.13 multiplies one column wrongly.
+        out: Takes the inner products.
+
+    Returns:
+        `out`.
+    """
+    product: Tensor = torch._int_mm(query_1D, keys_ND.t(), out=out)
+    return product
 
 
 class KeyCodes(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from byheart.ops.key_codes import BLOCK, LARGEST_CODE, UNDERFLOW, KeyCodes
+from byheart.ops.key_codes import BLOCK, LARGEST_CODE, UNDERFLOW, KeyCodes, multiply_codes
 from byheart.ops.search import Neighbours
 from byheart.ops.search_select import (
     EXCLUDED,
@@ -112,7 +112,7 @@ class _Scan:
             slots = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
             keys_ND = self._keys_RND[self._pairs[problem], slots]
             scores_BS = self.scores_PBS[problem, blocks]
-            torch._int_mm(self._codes_P1D[problem], keys_ND.t(), out=scores_BS.view(1, -1))
+            multiply_codes(self._codes_P1D[problem], keys_ND, scores_BS.view(1, -1))
             if used < slots.stop:
                 # what these slots held before must not stand for the block
                 scores_BS.view(-1)[used - slots.stop :] = torch.iinfo(torch.int32).min
@@ -297,7 +297,6 @@ def codes_top_k(
         Scores, slots and validity.
     """
     batch, heads, num_queries, head_dim = queries.shape
-    # torch 2.13 multiplies matrices of one column of 8-bit integers wrongly
     assert head_dim > 1
     shape = (batch, heads, num_queries, top_k)
     num_problems = batch * heads * num_queries
