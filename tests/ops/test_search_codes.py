@@ -216,3 +216,68 @@ def test_old_slabs_are_not_read_where_age_has_put_them_below_the_cut(monkeypatch
     )
     codes_top_k(query, keys, codes, used, 3, TableBias(bias))
     assert sum(scanned) == 4 * BLOCK
+
+
+def spy_on_products(monkeypatch):
+    """Count the codes that are read, and list how many heads and queries share a product."""
+    read, products = [], []
+    multiply, product = search_codes.multiply_codes, search_codes.product_top_k
+
+    def spy(query, keys, out):
+        read.append(len(keys))
+        return multiply(query, keys, out)
+
+    def spy_on_product(queries, *arguments):
+        products.append(tuple(queries.shape[:2]))
+        return product(queries, *arguments)
+
+    monkeypatch.setattr(search_codes, "multiply_codes", spy)
+    monkeypatch.setattr(search_codes, "product_top_k", spy_on_product)
+    return read, products
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_codes_that_discard_too_little_are_given_up_after_the_first_slabs(biased, monkeypatch):
+    monkeypatch.setattr(search_codes, "_SLAB", 2)
+    entries = 40 * BLOCK
+    keys = unit(torch.randn(BATCH, KV_HEADS, entries, HEAD_DIM))
+    # every fourth entry is nearly the same, and asked for
+    near = keys[:, :, :1] + 1e-4 * torch.randn(BATCH, KV_HEADS, entries // 4, HEAD_DIM)
+    keys[:, :, ::4] = unit(near)
+    queries = keys[:, :, :1].repeat_interleave(HEADS // KV_HEADS, dim=1)
+    used, bias = torch.full((BATCH,), entries), None
+    if biased:
+        bias = -1e-6 * torch.arange(entries, 0, -1.0).log().expand(BATCH, -1)
+    table, codes = None if bias is None else TableBias(bias), encoded(keys, used)
+    read, products = spy_on_products(monkeypatch)
+    found = codes_top_k(queries, keys, codes, used, 3, table)
+    assert sum(read) == BATCH * HEADS * 4 * BLOCK
+    # all heads of a row at once, each with the queries that share it
+    assert products == [(KV_HEADS, HEADS // KV_HEADS)] * BATCH
+    assert_exact(queries, keys, found, used, bias)
+
+
+def test_a_head_that_codes_do_not_help_costs_the_others_nothing(monkeypatch):
+    monkeypatch.setattr(search_codes, "_SLAB", 2)
+    entries, row, head = 40 * BLOCK, 1, 3
+    keys = unit(torch.randn(BATCH, KV_HEADS, entries, HEAD_DIM))
+    keys[row, head, 1:] = unit(keys[row, head, :1] + 1e-4 * keys[row, head, 1:])
+    queries = unit(torch.randn(BATCH, HEADS, 1, HEAD_DIM))
+    used, codes = torch.full((BATCH,), entries), None
+    # encoded around a center that is far away, so that codes cannot tell its keys apart
+    centers = keys.mean(2)
+    centers[row, head] += 5
+    codes = encoded(keys, used, centers)
+    read, products = spy_on_products(monkeypatch)
+    assert_exact(queries, keys, codes_top_k(queries, keys, codes, used, 3), used)
+    assert products == [(1, HEADS // KV_HEADS)]
+    assert sum(read) == entries * HEADS * BATCH - 2 * 36 * BLOCK
+
+
+def test_ordinary_keys_need_no_product(monkeypatch):
+    monkeypatch.setattr(search_codes, "_SLAB", 16)
+    entries = 64 * BLOCK
+    keys, used = unit(torch.randn(BATCH, KV_HEADS, entries, 31)), torch.full((BATCH,), entries)
+    _, products = spy_on_products(monkeypatch)
+    codes_top_k(unit(torch.randn(BATCH, HEADS, 1, 31)), keys, encoded(keys, used), used, 3)
+    assert not products

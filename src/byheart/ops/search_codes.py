@@ -8,8 +8,9 @@ that each block of slots keeps bound how far the score of any entry can be from 
 The `top_k`-th largest of the blocks' lower bounds is reached by at least `top_k` entries, so an
 entry whose upper bound lies below it is not among the `top_k` largest. What is left, usually a few
 times `top_k` entries, is scored in float32. Nothing is assumed about keys or queries: where bounds
-discard too little, the search is a float32 product. Where a bias falls with the age of entries,
-the newest are scored first, and old blocks that it has put below the cut are not read at all.
+discard too little, a float32 product searches, mostly before all codes are read. Where a bias falls
+with the age of entries, the newest are scored first, and old blocks that it has put below the cut
+are not read at all.
 """
 
 import math
@@ -44,6 +45,12 @@ _SCORE_BYTES = 32 << 20
 # one in so many entries, but at least so many times top_k, may be left to be scored in float32:
 # picked one by one they take some ten times as long as in a product
 _MAX_SHARE, _MAX_SURVIVORS = 64, 8
+
+# after the first slabs the cut is still low, and so many times as many may be left
+_EARLY = 4
+
+# blocks of a problem from which it is estimated how many entries are left
+_SAMPLED_BLOCKS = 16
 
 
 @runtime_checkable
@@ -165,11 +172,60 @@ def _lengths(vectors_PD: Tensor) -> Float[Tensor, "problem 1"]:
     return lengths + math.sqrt(vectors_PD.shape[1]) * UNDERFLOW
 
 
-def _scan_what_matters(scan: _Scan, bounds: _Bounds, top_k: int) -> Float[Tensor, " problem"]:
+def _reached(scan: _Scan, bounds: _Bounds, cut_P: Tensor) -> Bool[Tensor, "problem block"]:
+    # written so that a bound that is not a number discards nothing
+    reached_PB = ~((scan.best_PB * bounds.factors).add_(bounds.high) < cut_P[:, None])
+    return reached_PB.logical_and_(scan.done_PB)
+
+
+def _members(
+    scan: _Scan, bounds: _Bounds, problems: _Problems, cut_P: Tensor, blocks_PB: Tensor
+) -> tuple[Tensor, Tensor]:
+    """List the entries of some blocks that may be among the `top_k` largest.
+
+    Returns:
+        Their problems, ascending, and slots.
+    """
+    num_blocks = blocks_PB.shape[1]
+    hits = blocks_PB.view(-1).nonzero().squeeze(1)
+    problem_H = hits // num_blocks
+    values_HS = scan.scores_PBS.flatten(0, 1)[hits].float()
+    values_HS.mul_(bounds.factors.view(-1)[hits][:, None])
+    values_HS += bounds.high.view(-1)[hits][:, None]
+    members = (~(values_HS < cut_P[problem_H][:, None])).view(-1).nonzero().squeeze(1)
+    parents = members // BLOCK
+    problem_ids = problem_H[parents]
+    slots = (hits[parents] - problem_ids * num_blocks) * BLOCK + members % BLOCK
+    present = slots < problems.num_used[problem_ids]
+    return problem_ids[present], slots[present]
+
+
+def _estimate(
+    scan: _Scan, bounds: _Bounds, problems: _Problems, cut_P: Tensor
+) -> Float[Tensor, " problem"]:
+    """Take a sample of the scored blocks.
+
+    Returns:
+        About how many of the scored entries may be among the `top_k` largest.
+    """
+    reached_PB = _reached(scan, bounds, cut_P)
+    ranks_PB = reached_PB.cumsum(1)
+    counts_P = ranks_PB[:, -1]
+    steps_P = (counts_P // _SAMPLED_BLOCKS).clamp_(min=1)
+    sample_PB = reached_PB & (ranks_PB % steps_P[:, None] == 0)
+    problem_ids = _members(scan, bounds, problems, cut_P, sample_PB)[0]
+    found_P = torch.bincount(problem_ids, minlength=len(cut_P))
+    return found_P * counts_P / sample_PB.sum(1).clamp_(min=1)
+
+
+def _scan_what_matters(
+    scan: _Scan, bounds: _Bounds, problems: _Problems, top_k: int, limit_P: Tensor
+) -> tuple[Float[Tensor, " problem"], Bool[Tensor, " problem"]]:
     """Score slabs, those with the largest bounds first, until no other can matter.
 
     Returns:
-        A score that the `top_k` largest of each problem reach.
+        A score that the `top_k` largest of each problem reach; and the problems with more than
+        `limit_P` entries left, as far as a sample says, not all of whose slabs are scored.
     """
     num_problems, num_blocks = bounds.most.shape
     num_slabs = -(-num_blocks // _SLAB)
@@ -180,10 +236,16 @@ def _scan_what_matters(scan: _Scan, bounds: _Bounds, top_k: int) -> Float[Tensor
     first_PS.scatter_(1, slabs_PS.topk(min(_FIRST_SLABS, num_slabs), dim=1).indices, True)
     scan.run(first_PS & used_PS)
     cut_P = scan.cut(bounds, top_k)
-    if num_slabs <= _FIRST_SLABS:
-        return cut_P
-    scan.run(used_PS & ~first_PS & ~(slabs_PS < cut_P[:, None]))
-    return scan.cut(bounds, top_k)
+    hopeless_P = torch.zeros(num_problems, dtype=torch.bool)
+    if num_slabs > _FIRST_SLABS:
+        wanted_PS = used_PS & ~first_PS & ~(slabs_PS < cut_P[:, None])
+        scored_P = scan.done_PB.sum(1).clamp_(min=1)
+        share_P = _estimate(scan, bounds, problems, cut_P) / (scored_P * BLOCK)
+        unread_P = (wanted_PS.sum(1) * (_SLAB * BLOCK)).clamp(max=problems.num_used)
+        hopeless_P = share_P * unread_P > _EARLY * limit_P
+        scan.run(wanted_PS & ~hopeless_P[:, None])
+        cut_P = scan.cut(bounds, top_k)
+    return cut_P, hopeless_P | (_estimate(scan, bounds, problems, cut_P) > limit_P)
 
 
 def _survivors(
@@ -194,26 +256,12 @@ def _survivors(
     Returns:
         Their problems, ascending, their slots, and the problems with too many, which are left out.
     """
-    cut_P = _scan_what_matters(scan, bounds, top_k)
-    num_blocks = bounds.most.shape[1]
-    limit = max(_MAX_SURVIVORS * top_k, num_blocks * BLOCK // _MAX_SHARE)
-    # written so that a bound that is not a number discards nothing
-    reached_PB = ~((scan.best_PB * bounds.factors).add_(bounds.high) < cut_P[:, None])
-    reached_PB &= scan.done_PB
-    hopeless_P = reached_PB.sum(1) > max(limit, num_blocks // 2)
-    reached_PB &= ~hopeless_P[:, None]
-    hits = reached_PB.view(-1).nonzero().squeeze(1)
-    problem_H = hits // num_blocks
-    values_HS = scan.scores_PBS.flatten(0, 1)[hits].float()
-    values_HS.mul_(bounds.factors.view(-1)[hits][:, None])
-    values_HS += bounds.high.view(-1)[hits][:, None]
-    members = (~(values_HS < cut_P[problem_H][:, None])).view(-1).nonzero().squeeze(1)
-    parents = members // BLOCK
-    problem_ids = problem_H[parents]
-    slots = (hits[parents] - problem_ids * num_blocks) * BLOCK + members % BLOCK
-    present = slots < problems.num_used[problem_ids]
-    problem_ids, slots = problem_ids[present], slots[present]
-    hopeless_P |= torch.bincount(problem_ids, minlength=len(hopeless_P)) > limit
+    limit_P = (problems.num_used // _MAX_SHARE).clamp_(min=_MAX_SURVIVORS * top_k)
+    cut_P, hopeless_P = _scan_what_matters(scan, bounds, problems, top_k, limit_P)
+    blocks_PB = _reached(scan, bounds, cut_P) & ~hopeless_P[:, None]
+    problem_ids, slots = _members(scan, bounds, problems, cut_P, blocks_PB)
+    # what the sample did not show
+    hopeless_P |= torch.bincount(problem_ids, minlength=len(hopeless_P)) > limit_P
     kept = ~hopeless_P[problem_ids]
     return problem_ids[kept], slots[kept], hopeless_P
 
@@ -253,22 +301,44 @@ def _search_problems(
     return best_PK, slots_PC.gather(1, columns_PK), hopeless_P
 
 
-def _product(
-    problems: _Problems, keys_BGND: Tensor, top_k: int, bias: EntryBias | None, buffers: Buffers
-) -> tuple[Tensor, Tensor]:
-    """Search one problem whose bounds do not discard enough, over its entries only.
+def _search_by_product(
+    problems: _Problems,
+    rest: Int[Tensor, " rest"],
+    keys_BGND: Tensor,
+    found: tuple[Tensor, Tensor],
+    bias: EntryBias | None,
+    buffers: Buffers,
+) -> None:
+    """Search the problems whose bounds do not discard enough; those of a head share its product.
 
-    Returns:
-        Scores and slots, fewer than `top_k` if there are fewer entries.
+    Args:
+        problems: All problems.
+        rest: Those to search, with more than `top_k` entries each.
+        keys_BGND: All slots of the memory.
+        found: Scores and slots of all problems; those of `rest` are overwritten.
+        bias: Added to the scores of each entry.
+        buffers: Reused memory.
     """
-    used, pair = int(problems.num_used), int(problems.pair_ids)
-    keys_1ND = keys_BGND.flatten(0, 1)[pair : pair + 1, :used]
-    bias_1N = None if bias is None else bias.dense()[problems.row_ids, :used]
-    max_bytes = default_max_bytes(keys_1ND.device)
-    scores, slots = product_top_k(
-        problems.queries[None], keys_1ND, None, min(top_k, used), max_bytes, buffers, bias_1N
-    )
-    return scores[0, 0], slots[0, 0]
+    kv_heads, top_k = keys_BGND.shape[1], found[0].shape[1]
+    pairs_R, dense_BN = problems.pair_ids[rest], None if bias is None else bias.dense()
+    per_row = len(problems.queries) // len(keys_BGND)
+    for row, num_rest in enumerate((pairs_R // kv_heads).bincount().tolist()):
+        # products of several heads at once are faster than one after the other
+        step, used = kv_heads if num_rest == per_row else 1, int(problems.num_used[row * per_row])
+        for group in range(0, kv_heads, step):
+            first = row * kv_heads + group
+            mine = rest[(pairs_R >= first) & (pairs_R < first + step)]
+            if len(mine) > 0:
+                scores, slots = product_top_k(
+                    problems.queries[mine].view(step, -1, keys_BGND.shape[3]),
+                    keys_BGND[row, group : group + step, :used],
+                    None,
+                    top_k,
+                    default_max_bytes(keys_BGND.device),
+                    buffers,
+                    None if dense_BN is None else dense_BN[row, :used].expand(step, -1),
+                )
+                found[0][mine], found[1][mine] = scores.flatten(0, 1), slots.flatten(0, 1)
 
 
 @torch.no_grad()
@@ -308,22 +378,18 @@ def codes_top_k(
     )
     scores, slots = torch.empty(num_problems, top_k), torch.empty(num_problems, top_k).long()
     step = max(1, _SCORE_BYTES // (4 * BLOCK * codes.scales.shape[2]))
-    with (
-        torch.autocast("cpu", enabled=False),
-        buffers_on(queries.device) as buffers,
-    ):
+    with torch.autocast("cpu", enabled=False), buffers_on(queries.device) as buffers:
+        hopeless = []
         for start in range(0, num_problems, step):
             part = slice(start, start + step)
             problems = _Problems(*(side[part] for side in everything))
             scores[part], slots[part], hopeless_P = _search_problems(
                 problems, keys, codes, top_k, bias, buffers
             )
-            for problem in (hopeless_P.nonzero().squeeze(1) + start).tolist():
-                alone = _Problems(*(side[problem : problem + 1] for side in everything))
-                found = _product(alone, keys, top_k, bias, buffers)
-                kept = len(found[0])
-                scores[problem], slots[problem] = EXCLUDED, 0
-                scores[problem, :kept], slots[problem, :kept] = found
+            hopeless.append(hopeless_P)
+        rest = torch.cat(hopeless).nonzero().squeeze(1)
+        if len(rest):
+            _search_by_product(everything, rest, keys, (scores, slots), bias, buffers)
     is_valid = scores > EXCLUDED
     slots.masked_fill_(~is_valid, 0)
     return Neighbours(scores.view(shape), slots.view(shape), is_valid.view(shape))
