@@ -19,9 +19,9 @@ attention); memorizing-transformers-pytorch (`make bench-peers`: one key-value h
 """
 
 import argparse
+import itertools
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from torch.nn.functional import normalize
 
 from benchmarks.harness import machine_info, time_pairs, write_json
 from benchmarks.recall import NUM_QUERIES, decoder_keys, standard_library, trained_decoder
-from byheart.memory import coded_keys
 from byheart.memory.age import AgeBias
 from byheart.memory.dense import DenseStore
 from byheart.memory.ring import RingCursor
@@ -71,22 +70,21 @@ class FaissStore(DenseStore):
         return Neighbours(scores, slots, scores > EXCLUDED)
 
 
-@contextmanager
-def float32_product() -> Iterator[None]:
-    """Search by the float32 product alone, as with more queries than codes are used for."""
-    kept = coded_keys._MAX_QUERIES
-    coded_keys._MAX_QUERIES = 0
-    yield
-    coded_keys._MAX_QUERIES = kept
+class ProductStore(DenseStore):
+    """The same ring, searched by the float32 product, as with more queries than codes serve."""
+
+    def _search(self, queries: Tensor, top_k: int, bias: AgeBias | None) -> Neighbours:
+        dense = None if bias is None else bias.dense()
+        return top_k_inner_product(queries, self.keys, self.cursor.valid(), top_k, bias=dense)
 
 
-def full_store(config: Any, batch: int, size: int, kind: type[DenseStore]) -> DenseStore:
+def full_store(config: Any, batch: int, size: int) -> DenseStore:
     shape = (batch, config.num_heads, size, config.head_dim)
     keys = torch.empty(shape)
     for part in keys.flatten(0, 1):
-        torch.nn.functional.normalize(torch.randn(part.shape), dim=-1, out=part)
+        normalize(torch.randn(part.shape), dim=-1, out=part)
     cursor = RingCursor(memory_size=size, num_written=torch.full((batch,), size))
-    return kind(keys=keys, values=torch.randn(shape), cursor=cursor)
+    return DenseStore(keys=keys, values=torch.randn(shape), cursor=cursor)
 
 
 def decoding(decoder: Decoder, batch: int, store: DenseStore | None, tokens: int) -> Run:
@@ -119,24 +117,22 @@ def our_runs(arguments: argparse.Namespace, tokens: int) -> dict[str, Run]:
     aged.load_state_dict(decoder.state_dict())
     runs = {"no memory": decoding(decoder, arguments.batch, None, tokens)}
     for size in SIZES["quick" if arguments.quick or arguments.batch > 1 else "full"]:
-        store = full_store(config, arguments.batch, size, DenseStore)
-        flat = FaissStore(keys=store.keys, values=store.values, cursor=store.cursor)
+        store = full_store(config, arguments.batch, size)
+        ring = {"keys": store.keys, "values": store.values, "cursor": store.cursor}
         runs[f"memory of {size}"] = decoding(decoder, arguments.batch, store, tokens)
         runs[f"memory of {size}, age_slope {AGE_SLOPE}"] = decoding(
             aged.eval(), arguments.batch, store, tokens
         )
-        plain = decoding(decoder, arguments.batch, store, tokens)
-
-        def without_codes(run: Run = plain) -> None:
-            with float32_product():
-                run()
-
-        runs[f"memory of {size}, float32 product"] = without_codes
+        runs[f"memory of {size}, float32 product"] = decoding(
+            decoder, arguments.batch, ProductStore(**ring), tokens
+        )
         try:
             import faiss  # noqa: F401
         except ImportError:
             continue
-        runs[f"memory of {size}, faiss.knn"] = decoding(decoder, arguments.batch, flat, tokens)
+        runs[f"memory of {size}, faiss.knn"] = decoding(
+            decoder, arguments.batch, FaissStore(**ring), tokens
+        )
     return runs
 
 
@@ -229,28 +225,29 @@ def real_keys(steps: int, entries: int, rounds: int) -> dict[str, Any]:
     queries, keys = decoder_keys(decoder, read)
     size, scale = keys.shape[2], decoder.blocks[-1].attention.log_scale.detach().exp()  # type: ignore[union-attr]
     cursor = RingCursor(memory_size=size, num_written=torch.tensor([size]))
-    store = DenseStore(keys=keys, values=keys, cursor=cursor)
+    stores = {
+        "codes": DenseStore(keys=keys, values=keys, cursor=cursor),
+        "float32 product": ProductStore(keys=keys, values=keys, cursor=cursor),
+    }
     results: dict[str, Any] = {"entries": size, "heads": keys.shape[1]}
     for slope in (0.0, AGE_SLOPE):
-        turns = iter(range(10**9))
 
-        def attend(slope: float = slope, turns: Iterator[int] = turns) -> Neighbours:
-            turn = next(turns) % queries.shape[2]
-            return store.attend(queries[:, :, turn : turn + 1], scale, TOP_K, slope).found
+        def attending(store: DenseStore, slope: float = slope) -> Callable[[], Neighbours]:
+            turns = itertools.cycle(range(queries.shape[2]))
 
-        def product(attend: Callable[[], Neighbours] = attend) -> Neighbours:
-            with float32_product():
-                return attend()
+            def attend() -> Neighbours:
+                turn = next(turns)
+                return store.attend(queries[:, :, turn : turn + 1], scale, TOP_K, slope).found
 
-        found = attend()
-        if slope == 0:
-            valid = torch.ones(1, size, dtype=torch.bool)
-            exact = top_k_inner_product(queries[:, :, :1], keys, valid, TOP_K)
-            worst = (found.scores - exact.scores).abs().max().item()
-            if worst > 1e-5:
-                msg = f"scores differ by {worst}"
-                raise SystemExit(msg)
-        timings = time_pairs({"codes": attend, "float32 product": product}, rounds)
+            return attend
+
+        calls = {name: attending(store) for name, store in stores.items()}
+        found, exact = (call() for call in calls.values())
+        worst = (found.scores - exact.scores).abs().max().item()
+        if worst > 1e-5:
+            msg = f"scores differ by {worst}"
+            raise SystemExit(msg)
+        timings = time_pairs(calls, rounds)
         results[f"age_slope {slope}"] = {name: t.median for name, t in timings.items()}
     return results
 

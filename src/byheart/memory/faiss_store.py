@@ -66,8 +66,8 @@ class FaissStore:
     device; tensors of any device are taken, and results are returned on the device of the queries.
     In the same benchmark, on one core with bfloat16 instructions, a search for 512 queries took 1.0
     to 2.1 of the time of the exact search of `DenseStore`. For one query it took 0.6 to 0.8 of that
-    of a float32 product; where the processor multiplies 8-bit integers, `DenseStore` is faster than
-    both (`byheart.ops.search_codes`). Measure before you choose this store.
+    of a float32 product; where the processor multiplies 8-bit integers, `DenseStore` searches for
+    few queries by other means (`byheart.ops.search_codes`). Measure before you choose this store.
     """
 
     ring: DenseStore
