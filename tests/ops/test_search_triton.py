@@ -222,6 +222,17 @@ def test_groups_of_groups(searched, monkeypatch):
         assert_exact(found, all_scores(queries, keys, valid))
 
 
+@pytest.mark.parametrize("entries", [300, 2**17 + 1, 2**22 + 1, 9 * 2**20 + 1, 2**26 + 1])
+def test_groups_of_a_memory_of_any_size_can_be_grouped_evenly(entries):
+    plan = Plan(32, 8)
+    tiles = search_triton._num_tiles(entries, plan)
+    assert entries <= tiles * plan.tile < 1.1 * entries + plan.tile
+    width = tiles * plan.groups_per_tile
+    while width > search_triton._SELECTED_WIDTH:
+        assert width % search_triton._COARSE_GROUP == 0
+        width //= search_triton._COARSE_GROUP
+
+
 # 40 groups: one query, 4 of the 6 of a key-value head, those of two heads share the memory
 @pytest.mark.parametrize(("queries", "max_bytes"), [(1, 1), (3, 4 * 160), (3, 12 * 160)])
 def test_pieces_of_any_size(searched, queries, max_bytes):

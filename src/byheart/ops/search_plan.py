@@ -1,11 +1,12 @@
 """How a search on a GPU is cut into pieces, and at what precision its first pass multiplies.
 
 The first pass only has to find the groups that hold the best entries, but it must not miss one. So
-it multiplies as exactly as a float32 product. Keys in bfloat16 or of 8 bits are multiplied in
-bfloat16 with sums in float32: every product of two such numbers is exact, and a float32 query is
-the sum of 3 of them. Other keys are multiplied as float32 numbers, each split into TF32 numbers, in
-3 products; float16 queries and keys as they are. What is wrong is the rounding of float32 sums
-alone, as in any float32 product: entries whose scores differ by less may be taken for each other.
+it multiplies nearly as exactly as a float32 product. Keys in bfloat16 or of 8 bits are multiplied
+in bfloat16 with sums in float32: every product of two such numbers is exact, and a float32 query is
+the sum of 3 of them. Other keys are multiplied as float32 numbers, each split into two TF32
+numbers, in 3 products, which leave out about `2**-21` of a product; float16 queries and keys as
+they are. Beside that, float32 sums are rounded, as in any float32 product. Entries whose scores
+differ by less may be taken for each other.
 
 Fewer parts, with a bound on their error and a second search where the bound does not suffice, would
 be cheaper for float32 queries, and one more kernel.

@@ -49,10 +49,15 @@ class _Memory(NamedTuple):
 
 
 def _num_tiles(num_entries: int, plan: Plan) -> int:
-    num_tiles = -(-num_entries // plan.tile)
-    if num_tiles * plan.groups_per_tile <= _SELECTED_WIDTH:
-        return num_tiles
-    return -(-num_tiles // _COARSE_GROUP) * _COARSE_GROUP
+    """Count tiles, with empty ones behind the entries where groups are to be grouped evenly.
+
+    Returns:
+        Tiles of each row and head.
+    """
+    num_tiles, multiple = -(-num_entries // plan.tile), 1
+    while num_tiles * plan.groups_per_tile > _SELECTED_WIDTH * multiple:
+        multiple *= _COARSE_GROUP
+    return -(-num_tiles // multiple) * multiple
 
 
 def _maxima(
