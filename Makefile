@@ -7,7 +7,7 @@ STAMP := $(VENV)/.byheart-setup
 # pairs of torch and transformers that must work: the oldest that pyproject.toml allows, and newer ones
 MATRIX ?= 2.11.0,5.17.0 2.13.0,5.17.0 2.13.0,5.23.0
 
-.PHONY: setup demo test test-matrix check bench bench-peers clean
+.PHONY: setup demo test test-gpu test-matrix check bench bench-peers clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,9 @@ check: setup
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu tests/ops
+
 # the tests of what depends on either, with each pair in an environment of its own
 test-matrix:
 	for pair in $(MATRIX); do \
@@ -48,6 +51,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.step --quick
 	$(BIN)/python -m benchmarks.attach --quick
 	$(BIN)/python -m benchmarks.rmt --quick --rounds 1
+	$(BIN)/python -m benchmarks.decode --quick
+	$(BIN)/python -m benchmarks.read --quick
 
 # without its own dependencies: it asks for faiss-gpu, and runs on faiss-cpu
 bench-peers: setup

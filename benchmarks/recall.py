@@ -32,8 +32,8 @@ from byheart.memory.faiss_store import FaissStore
 from byheart.memory.store import MemoryStore
 from byheart.models.config import DecoderConfig
 from byheart.models.decoder import Block, Decoder
-from byheart.models.norm import unit_length
 from byheart.ops.bucket_search import strided_bucket_top_k
+from byheart.ops.norms import unit_length
 from byheart.ops.search import Neighbours
 
 SEGMENT, ROWS = 256, 8

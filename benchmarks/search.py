@@ -4,10 +4,14 @@
 
 The floor is the product alone: every inner product computed into one reused buffer, nothing
 selected. Contenders take turns, so ratios come from one run; each result is checked against
-`torch.matmul` + `topk`, score by score.
+`torch.matmul` + `topk`, score by score. The largest memories have one row, and of the heads two at
+1,048,576 entries, so that keys and scores fit into main memory. faiss' approximate indexes are
+built for one row and two heads of random keys and of clusters, with the time to build them and the
+recall measured. With a GPU everything but faiss runs there, unless told otherwise.
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +29,11 @@ HEADS, QUERIES, HEAD_DIM, TOP_K = 8, 512, 64, 32
 TOLERANCE = 1e-5
 
 
-def make_keys(kind: str, rows: int, entries: int, generator: torch.Generator) -> Tensor:
+def make_keys(
+    kind: str, rows: int, entries: int, generator: torch.Generator, heads: int = HEADS
+) -> Tensor:
     """Return unit keys: independent, or as text makes them."""
-    shape = (rows, HEADS, entries, HEAD_DIM)
+    shape = (rows, heads, entries, HEAD_DIM)
     keys = normalize(torch.randn(shape, generator=generator), dim=-1)
     if kind == "random":
         return keys
@@ -38,7 +44,7 @@ def make_keys(kind: str, rows: int, entries: int, generator: torch.Generator) ->
     if kind == "hot":
         # a quarter of the memory is one entry, up to noise
         hot = keys[:, :, :1] + 0.001 * torch.randn(
-            rows, HEADS, entries // 4, HEAD_DIM, generator=generator
+            rows, heads, entries // 4, HEAD_DIM, generator=generator
         )
         keys[:, :, : entries // 4] = normalize(hot, dim=-1)
         return keys
@@ -52,10 +58,13 @@ def make_keys(kind: str, rows: int, entries: int, generator: torch.Generator) ->
 def product(queries: Tensor, keys: Tensor) -> Callable[[], None]:
     """Return the bare product: every score computed, none kept.
 
-    Its blocks were the fastest of 64 to 512 queries by 2048 to 65536 entries on 2 cores.
+    Its blocks were the fastest of 64 to 512 queries by 2048 to 65536 entries on 2 cores; a GPU gets
+    whole heads.
     """
     num_queries, num_entries = (512, 4096) if keys.dtype is torch.float32 else (256, 8192)
-    flat = torch.empty(num_queries * num_entries, dtype=keys.dtype)
+    if keys.is_cuda:
+        num_queries, num_entries = queries.shape[2], keys.shape[2]
+    flat = torch.empty(num_queries * num_entries, dtype=keys.dtype, device=keys.device)
 
     def call() -> None:
         for queries_QD, keys_ND in zip(queries.flatten(0, 1), keys.flatten(0, 1), strict=True):
@@ -74,9 +83,9 @@ def matmul_topk(queries: Tensor, keys: Tensor) -> Callable[[], Tensor]:
     """Return what one writes without thinking, head by head so that it fits into memory."""
 
     def call() -> Tensor:
-        found = torch.empty(*queries.shape[:3], TOP_K)
+        found = torch.empty(*queries.shape[:3], TOP_K, device=queries.device)
         for row in range(keys.shape[0]):
-            for head in range(HEADS):
+            for head in range(keys.shape[1]):
                 scores = torch.matmul(queries[row, head], keys[row, head].t())
                 found[row, head] = scores.topk(TOP_K).values
         return found
@@ -85,7 +94,9 @@ def matmul_topk(queries: Tensor, keys: Tensor) -> Callable[[], Tensor]:
 
 
 def faiss_knn(queries: Tensor, keys: Tensor) -> Callable[[], Tensor] | None:
-    """Return faiss' exact search without an index, or `None` if faiss is not installed."""
+    """Return faiss' exact search without an index, or `None` if faiss cannot run here."""
+    if keys.is_cuda:
+        return None
     try:
         import faiss
     except ImportError:
@@ -95,7 +106,7 @@ def faiss_knn(queries: Tensor, keys: Tensor) -> Callable[[], Tensor] | None:
     def call() -> Tensor:
         found = torch.empty(*queries.shape[:3], TOP_K)
         for row in range(keys.shape[0]):
-            for head in range(HEADS):
+            for head in range(keys.shape[1]):
                 scores, _ = faiss.knn(
                     queries[row, head].numpy(),
                     keys[row, head].numpy(),
@@ -108,17 +119,61 @@ def faiss_knn(queries: Tensor, keys: Tensor) -> Callable[[], Tensor] | None:
     return call
 
 
-def measure(kind: str, rows: int, entries: int, repeats: int) -> dict[str, Any]:
-    """Time all contenders at one size; refuse to report a wrong result."""
-    generator = torch.Generator().manual_seed(entries)
-    keys = make_keys(kind, rows, entries, generator)
-    queries = normalize(torch.randn(rows, HEADS, QUERIES, HEAD_DIM, generator=generator), dim=-1)
+def make_queries(kind: str, keys: Tensor, generator: torch.Generator) -> Tensor:
+    """Return unit queries: independent, or near what the memory holds."""
+    rows, heads, entries, _ = keys.shape
+    queries = normalize(torch.randn(rows, heads, QUERIES, HEAD_DIM, generator=generator), dim=-1)
     if kind != "random":
         # text asks for what it contains
-        asked = torch.randint(entries, (rows, HEADS, QUERIES, 1), generator=generator)
+        asked = torch.randint(entries, (rows, heads, QUERIES, 1), generator=generator)
         queries = normalize(keys.gather(2, asked.expand_as(queries)) + 0.1 * queries, dim=-1)
+    return queries
+
+
+def measure_indexes(kind: str, entries: int) -> dict[str, Any]:
+    """Build faiss' approximate indexes and measure what they cost and find."""
+    try:
+        import faiss
+    except ImportError:
+        return {}
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    generator = torch.Generator().manual_seed(entries)
+    keys = make_keys(kind, 1, entries, generator, heads=2)
+    queries = make_queries(kind, keys, generator)
+    expected = matmul_topk(queries, keys)()
+    lists = int(4 * entries**0.5)
+    results: dict[str, Any] = {"keys": kind, "entries": entries, "heads": 2}
+    for name, factory in {"IVF": f"IVF{lists},Flat", "HNSW": "HNSW32"}.items():
+        build = search = found = 0.0
+        for head in range(2):
+            start = time.perf_counter()
+            index = faiss.index_factory(HEAD_DIM, factory, faiss.METRIC_INNER_PRODUCT)
+            index.train(keys[0, head, :: max(1, entries // (40 * lists))].numpy())
+            index.add(keys[0, head].numpy())
+            build += time.perf_counter() - start
+            if name == "IVF":
+                index.nprobe = 32
+            start = time.perf_counter()
+            scores, _ = index.search(queries[0, head].numpy(), TOP_K)
+            search += time.perf_counter() - start
+            reached = torch.from_numpy(scores) >= expected[0, head, :, -1:] - TOLERANCE
+            found += reached.float().mean().item() / 2
+        results[name] = {"build_seconds": build, "search_seconds": search, "recall": found}
+        print(f"{kind}, {entries}: {name} {results[name]}")
+    return results
+
+
+def measure(
+    kind: str, shape: tuple[int, int, int], repeats: int, device: torch.device
+) -> dict[str, Any]:
+    """Time all contenders at one size: rows, heads, entries; refuse to report a wrong result."""
+    rows, heads, entries = shape
+    generator = torch.Generator().manual_seed(entries)
+    keys = make_keys(kind, rows, entries, generator, heads)
+    queries = make_queries(kind, keys, generator).to(device)
+    keys = keys.to(device)
     half = keys.bfloat16()
-    valid = torch.ones(rows, entries, dtype=torch.bool)
+    valid = torch.ones(rows, entries, dtype=torch.bool, device=device)
     searches: dict[str, Callable[[], Tensor]] = {
         "byheart": lambda: top_k_inner_product(queries, keys, valid, TOP_K).scores,
         "byheart, float32 pass only": lambda: (
@@ -131,19 +186,28 @@ def measure(kind: str, rows: int, entries: int, repeats: int) -> dict[str, Any]:
     naive = matmul_topk(queries, keys)
     expected = naive()
     for name, call in searches.items():
-        worst = (call() - expected).abs().max().item()
-        if worst > TOLERANCE:
-            msg = f"{name} is wrong at {entries} entries: scores differ by {worst}"
-            raise SystemExit(msg)
+        check(name, call(), expected)
+    halves: dict[str, Callable[[], Tensor]] = {
+        "byheart, bfloat16 keys": lambda: top_k_inner_product(queries, half, valid, TOP_K).scores,
+    }
+    if keys.is_cuda:
+        asked = queries.bfloat16()
+        halves["byheart, bfloat16 both"] = lambda: (
+            top_k_inner_product(asked, half, valid, TOP_K).scores
+        )
+        for (name, call), wide in zip(halves.items(), (queries, asked.float()), strict=True):
+            check(name, call(), matmul_topk(wide, half.float())())
     contenders: dict[str, Callable[[], object]] = {
         "product float32": product(queries, keys),
         "product bfloat16": product(queries.bfloat16(), half),
         **searches,
-        "byheart, bfloat16 keys": lambda: top_k_inner_product(queries, half, valid, TOP_K),
+        **halves,
         "matmul + topk": naive,
     }
     timings = time_pairs(contenders, repeats)
-    result: dict[str, Any] = {"keys": kind, "rows": rows, "entries": entries, "repeats": repeats}
+    result: dict[str, Any] = {
+        "keys": kind, "rows": rows, "heads": heads, "entries": entries, "repeats": repeats
+    }  # fmt: skip
     floors = {bits: timings[f"product {bits}"].median for bits in ("float32", "bfloat16")}
     result["contenders"] = {
         name: {
@@ -157,8 +221,16 @@ def measure(kind: str, rows: int, entries: int, repeats: int) -> dict[str, Any]:
     return result
 
 
+def check(name: str, scores: Tensor, expected: Tensor) -> None:
+    worst = (scores - expected).abs().max().item()
+    if worst > TOLERANCE:
+        msg = f"{name} is wrong: scores differ by {worst}"
+        raise SystemExit(msg)
+
+
 def report(result: dict[str, Any]) -> None:
-    print(f"\n{result['entries']} entries, {result['keys']} keys, {result['rows']} rows")
+    shape = f"{result['rows']} rows of {result['heads']} heads"
+    print(f"\n{result['entries']} entries, {result['keys']} keys, {shape}")
     print(f"{'':28}{'median s':>10}{'fastest s':>11}{'x float32':>11}{'x bfloat16':>11}")
     for name, row in result["contenders"].items():
         print(
@@ -171,7 +243,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--quick", action="store_true", help="one row, small memories, few repeats")
-    parser.add_argument("--huge", action="store_true", help="also 262144 entries")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=torch.device(default))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--note", help="kept with the results, for example how the run was started")
     arguments = parser.parse_args()
@@ -179,21 +252,28 @@ def main() -> None:
     rows = 1 if arguments.quick else 4
     cases = [("random", 2048, 9), ("random", 8192, 7)]
     if not arguments.quick:
-        cases += [("random", 65536, 3)]
+        cases += [("random", entries, 3) for entries in (65536, 262144, 1048576)]
         cases += [(kind, 8192, 3) for kind in ("clusters", "sorted", "duplicates", "hot")]
-    if arguments.huge:
-        cases.append(("random", 262144, 3))
     results: dict[str, Any] = {
-        "machine": machine_info(["faiss-cpu"]),
+        "machine": machine_info(["faiss-cpu", "triton"]),
+        "device": str(arguments.device),
         "note": arguments.note,
         "shape": {"heads": HEADS, "queries": QUERIES, "head_dim": HEAD_DIM, "top_k": TOP_K},
         "cases": [],
+        "indexes": [],
     }
     for kind, entries, repeats in cases:
         # 262144 entries of one row are as many scores as 65536 of four
-        result = measure(kind, rows if entries <= 65536 else 1, entries, repeats)
+        heads = HEADS if entries <= 262144 else HEADS // 4
+        shape = (rows if entries <= 65536 else 1, heads, entries)
+        result = measure(kind, shape, repeats, arguments.device)
         report(result)
         results["cases"].append(result)
+        if arguments.out is not None:
+            write_json(arguments.out, results)
+    with_indexes = not arguments.quick and arguments.device.type == "cpu"
+    for kind in ("random", "clusters") if with_indexes else ():
+        results["indexes"].append(measure_indexes(kind, 65536))
         if arguments.out is not None:
             write_json(arguments.out, results)
 

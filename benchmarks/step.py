@@ -30,7 +30,7 @@ from byheart.models.config import preset
 from byheart.models.decoder import Decoder
 
 ROWS, SEGMENT, VOCAB = 4, 512, 257
-MEMORY_SIZES = (0, 8192, 65_536)
+MEMORY_SIZES = (0, 8192, 65_536, 262_144)
 PEER_ENTRIES = 8192
 TOP_K = 32
 

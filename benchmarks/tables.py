@@ -3,35 +3,15 @@
 python -m benchmarks.tables
 """
 
-import json
-from pathlib import Path
-from typing import Any
+from benchmarks.table import HERE, machine_line, read, table
+from benchmarks.tables_decode import decode_section, indexes_table, read_section
 
-HERE = Path(__file__).parent
 INTRODUCTION = """# Benchmarks
 
 One command per question; each writes JSON with its command, machine and versions. Ratios come from
 one run, in which the contenders take turns. `make bench` runs the quick set; `make bench-peers`
 installs the packages to compare with. The tables are written by `python -m benchmarks.tables`.
 """
-
-
-def read(name: str) -> dict[str, Any] | None:
-    path = HERE / "results" / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
-
-
-def machine_line(machine: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
-    return (
-        f"`{machine['command']}` on {machine['cores']} cores of {machine['processor']} "
-        f"({machine['cpu_capability']}), {machine['date']}; {versions}."
-    )
 
 
 def step_section() -> str | None:
@@ -84,15 +64,21 @@ def search_section() -> str | None:
         for case in result["cases"]
     ]
     shape = result["shape"]
+    smaller = [
+        f"; of {case['entries']:,} entries for 1 row of {case['heads']} heads"
+        for case in result["cases"]
+        if case["entries"] > 65_536
+    ]
     note = result["machine"]["command"]
     return "\n\n".join(
         [
             "## Exact search against the bare matrix product",
             f"Seconds for 4 rows, {shape['heads']} heads, {shape['queries']} queries of "
-            f"{shape['head_dim']} numbers, top-{shape['top_k']}. The products are the floor: all "
-            "inner products into one buffer, nothing selected. Every result was checked against "
-            "`matmul` + `topk`, score by score.",
+            f"{shape['head_dim']} numbers, top-{shape['top_k']}{''.join(smaller)}. "
+            "The products are the floor: all inner products into one buffer, nothing selected. "
+            "Every result was checked against `matmul` + `topk`, score by score.",
             table(["keys, entries", *names], rows),
+            *filter(None, [indexes_table(result)]),
             "The machine did other work at the time and the run had real-time priority: read the "
             "ratios within a row."
             if "chrt" in note
@@ -290,6 +276,10 @@ def main() -> None:
         attach_section(),
         finetune_section(),
         gates_section(),
+        decode_section("decode.json"),
+        decode_section("decode-batch.json"),
+        decode_section("decode-184m.json"),
+        read_section(),
         search_section(),
         recall_section(),
         compare_section("python"),

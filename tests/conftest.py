@@ -1,10 +1,16 @@
 """Settings of the whole suite: poisoned memory, one thread, a fixed seed per test."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# without a GPU kernels run in Triton's interpreter, for which it decides when it is first imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # the same examples in every run: a red test is red for everyone
 settings.register_profile("byheart", derandomize=True, deadline=None, database=None)

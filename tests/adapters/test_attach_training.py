@@ -34,7 +34,19 @@ def learn(memory_model, ids):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "cache"), [("llama", 7), ("gpt2", 0), ("gemma3", 7)])
 def test_compiled_without_a_break_it_computes_the_same(name, cache):
-    command = [sys.executable, str(HERE / "attached_compiled.py"), name, str(cache)]
+    run_compiled(name, str(cache))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets kernels on a CPU")
+def test_compiled_with_kernels_it_computes_the_same():
+    # the interpreter of 3.6 fails with NumPy 2.4
+    pytest.importorskip("triton", minversion="3.7")
+    run_compiled("llama", "7", "kernels")
+
+
+def run_compiled(*arguments):
+    command = [sys.executable, str(HERE / "attached_compiled.py"), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
 

@@ -56,11 +56,12 @@ def test_importing_byheart_imports_nothing_heavy_but_torch():
     loaded = set(run(code).stdout.split())
     assert "byheart" in loaded
     extras = {"transformers", "accelerate", "faiss", "matplotlib", "tensorboard", "zstandard"}
-    assert not loaded & (extras | {"lm_eval", "typer", "hypothesis", "beartype"})
+    assert not loaded & (extras | {"lm_eval", "typer", "hypothesis", "beartype", "triton"})
 
 
 def test_every_module_imports_without_the_extras():
     blocked = ["faiss", "matplotlib", "tensorboard", "zstandard", "hypothesis", "beartype", "peft"]
+    blocked.append("triton")
     code = (
         "import importlib, pkgutil, sys\n"
         f"sys.modules.update(dict.fromkeys({blocked!r}))\n"
@@ -71,7 +72,9 @@ def test_every_module_imports_without_the_extras():
     )
     # the one door of faiss may not open without it, and says which extra to install
     # the state machine is hypothesis, and store_contract says so before it opens it
-    result = run(code, "byheart.testing.store_machine")
+    # kernels are Triton, and imported once it is known to be there
+    kernels = ["byheart.ops.search_kernels", "byheart.ops.gather_kernels"]
+    result = run(code, "byheart.testing.store_machine", *kernels)
     assert result.stdout.strip() == "done", result.stderr
 
 

@@ -1,35 +1,56 @@
 """Entries weighed by their age: which are found, and with what weight."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from byheart.memory.ring import RingCursor
 from byheart.ops.search import Neighbours
 
 
-def age_bias(cursor: RingCursor, slope: float) -> Float[Tensor, "batch entry"]:
-    """Weigh entries by their age.
+@dataclass(frozen=True, slots=True)
+class AgeBias:
+    """Weighs entries by their age: `-slope * log(age)`, where the newest entry of a row has age 1.
 
     Keys have no position, so of two entries that match alike, without this the old one counts as
     much as the new one, and the more entries there are, the more of them are old.
 
-    Args:
-        cursor: The ring that holds them.
-        slope: How much age counts.
-
-    Returns:
-        `-slope * log(age)` of the entry in each slot, where the age of the newest entry of a row is
-        1. What it says of an empty slot means nothing.
+    It is worked out for the slots that are asked for: to do so for all takes as long as a search.
+    What it says of an empty slot means nothing.
     """
-    return -slope * cursor.ages().float().log()
+
+    cursor: RingCursor
+    """The ring that holds the entries."""
+    slope: float
+    """How much age counts; above 0."""
+
+    def at(
+        self, row_ids: Int[Tensor, "*#shape"], slots: Int[Tensor, "*#shape"]
+    ) -> Float[Tensor, "*shape"]:
+        """Return the bias of the entries in slots of rows."""
+        return self._of(self.cursor.ages_of(row_ids, slots))
+
+    def of_blocks(
+        self, block_size: int
+    ) -> tuple[Float[Tensor, "batch block"], Float[Tensor, "batch block"]]:
+        """Return bounds of the bias in each block of slots: no entry has less, none more."""
+        youngest, oldest = self.cursor.ages_of_blocks(block_size)
+        return self._of(oldest), self._of(youngest)
+
+    def dense(self) -> Float[Tensor, "batch entry"]:
+        """Return the bias of every slot."""
+        return self._of(self.cursor.ages())
+
+    def _of(self, ages: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return -self.slope * ages.float().log()
 
 
 @torch.no_grad()
 def find_by_weight(
-    search: Callable[[Tensor, Tensor | None], Neighbours],
+    search: Callable[[Tensor, AgeBias | None], Neighbours],
     queries: Float[Tensor, "batch heads query head_dim"],
     scale: Float[Tensor, " heads"],
     cursor: RingCursor,
@@ -38,8 +59,8 @@ def find_by_weight(
     """Find the entries with the largest weights: scaled inner product, less what age takes.
 
     Args:
-        search: Finds the entries with the largest inner products with queries, plus a bias of each
-            slot if there is one.
+        search: Finds the entries with the largest inner products with queries, plus a bias if there
+            is one.
         queries: Queries before the scale.
         scale: Factor of the inner products, per head.
         cursor: The ring that holds the entries.
@@ -47,14 +68,13 @@ def find_by_weight(
 
     Returns:
         What was found, by weight, descending, with inner products with `queries` as scores; and the
-        `age_bias` of what was found, `None` for a slope of 0.
+        bias of what was found, `None` for a slope of 0.
     """
     if slope == 0:
         return search(queries, None), None
-    bias, scale_H11 = age_bias(cursor, slope), scale.float()[:, None, None]
+    bias, scale_H11 = AgeBias(cursor, slope), scale.float()[:, None, None]
     found = search(queries.float() * scale_H11, bias)
-    batch, heads, num_queries, _ = found.slots.shape
-    bias_BHQM = bias[:, None, None].expand(batch, heads, num_queries, -1)
-    bias_BHQK = bias_BHQM.gather(3, found.slots)
+    row_ids = torch.arange(len(queries), device=queries.device)
+    bias_BHQK = bias.at(row_ids[:, None, None, None], found.slots)
     products = (found.scores - bias_BHQK) / scale_H11
     return found._replace(scores=torch.where(found.valid, products, found.scores)), bias_BHQK

@@ -8,12 +8,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from byheart.errors import MemoryStateError
-from byheart.memory.age import find_by_weight
+from byheart.memory.age import AgeBias, find_by_weight
+from byheart.memory.coded_keys import CodedKeys, are_worth_it
 from byheart.memory.ring import RingCursor
 from byheart.memory.store import KeyValues, MemoryRead
 from byheart.ops.bucket_search import strided_bucket_top_k
 from byheart.ops.gather import gather_attend
-from byheart.ops.search import Neighbours, top_k_inner_product
+from byheart.ops.search import (
+    Neighbours,
+    check_finite,
+    check_shapes,
+    check_top_k,
+    top_k_inner_product,
+)
+from byheart.ops.search_codes import codes_top_k
 
 
 class Lease:
@@ -65,6 +73,7 @@ class DenseStore:
     """Search the best of this many strided buckets, as the authors' code does; `None` is exact."""
     empty_as_zero: bool = False
     """Let empty slots take part in the softmax as zeros, as the authors' code does."""
+    _coded: CodedKeys = field(default_factory=CodedKeys, repr=False)
     _lease: Lease = field(default_factory=Lease)
     _turn: int = 0
 
@@ -137,12 +146,14 @@ class DenseStore:
         """
         turn = self._lease.take_turn(self._turn)
         cursor = self.cursor
+        self._coded.check(self.keys)
         # entries of one write must not share a slot, so longer writes go round the ring in laps
         for start in range(0, keys.shape[2], self.memory_size):
             lap = slice(start, start + self.memory_size)
             slots_BN = cursor.claim(keep[:, lap])
             for storage, entries in ((self.keys, keys), (self.values, values)):
                 overwrite(storage, entries[:, :, lap], slots_BN, keep[:, lap])
+            self._coded.mark(self.keys, slots_BN, keep[:, lap])
             cursor = cursor.advance(keep[:, lap].sum(1))
         return replace(self, cursor=cursor, _turn=turn)
 
@@ -198,7 +209,7 @@ class DenseStore:
             Attention over the retrieved entries.
         """
 
-        def search(queries: Tensor, bias: Tensor | None) -> Neighbours:
+        def search(queries: Tensor, bias: AgeBias | None) -> Neighbours:
             return self._search(queries, top_k, bias)
 
         found, bias = find_by_weight(search, queries, scale, self.cursor, age_slope)
@@ -229,11 +240,13 @@ class DenseStore:
             A store of its own.
         """
         self.require_current()
+        keys = self.keys[row_ids]
         return replace(
             self,
-            keys=self.keys[row_ids],
+            keys=keys,
             values=self.values[row_ids],
             cursor=replace(self.cursor, num_written=self.num_written[row_ids]),
+            _coded=self._coded.select_rows(row_ids, self.keys, keys),
             _lease=Lease(),
             _turn=0,
         )
@@ -262,6 +275,7 @@ class DenseStore:
             keys=keys,
             values=self.values.to(device),
             cursor=replace(self.cursor, num_written=self.num_written.to(device)),
+            _coded=CodedKeys(),
             _lease=Lease(),
             _turn=0,
         )
@@ -308,15 +322,25 @@ class DenseStore:
         turn = self._lease.take_turn(self._turn)
         self.keys[:, :, :num_used].copy_(state["keys"])
         self.values[:, :, :num_used].copy_(state["values"])
-        return replace(self, cursor=replace(self.cursor, num_written=num_written), _turn=turn)
+        cursor = replace(self.cursor, num_written=num_written)
+        return replace(self, cursor=cursor, _coded=CodedKeys(), _turn=turn)
 
     @torch.no_grad()
-    def _search(self, queries: Tensor, top_k: int, bias: Tensor | None) -> Neighbours:
+    def _search(self, queries: Tensor, top_k: int, bias: AgeBias | None) -> Neighbours:
         self.require_current()
-        valid = self.cursor.valid()
+        num_used = self.cursor.num_used()
+        if self.num_buckets is None and are_worth_it(queries, self.keys, num_used):
+            check_shapes(queries, self.keys)
+            check_finite(queries)
+            check_top_k(top_k, self.memory_size)
+            codes = self._coded.of(self.keys, num_used)
+            return codes_top_k(queries, self.keys, codes, num_used, top_k, bias)
+        valid, dense_bias = self.cursor.valid(), None if bias is None else bias.dense()
         if self.num_buckets is not None:
-            return strided_bucket_top_k(queries, self.keys, valid, self.num_buckets, top_k, bias)
-        return top_k_inner_product(queries, self.keys, valid, top_k, bias=bias)
+            return strided_bucket_top_k(
+                queries, self.keys, valid, self.num_buckets, top_k, dense_bias
+            )
+        return top_k_inner_product(queries, self.keys, valid, top_k, bias=dense_bias)
 
     def _num_used(self, num_written: Int[Tensor, " rows"]) -> int:
         return min(self.memory_size, int(num_written.max()))

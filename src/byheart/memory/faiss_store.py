@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from byheart.memory.age import find_by_weight
+from byheart.memory.age import AgeBias, find_by_weight
 from byheart.memory.dense import DenseStore
 from byheart.memory.faiss_index import build_index, import_faiss, search_index
 from byheart.memory.store import KeyValues, MemoryRead
@@ -64,9 +64,10 @@ class FaissStore:
 
     The ring and a second copy of the keys in float32 are in main memory whatever the model's
     device; tensors of any device are taken, and results are returned on the device of the queries.
-    In the same benchmark, on one core with bfloat16 instructions, a search for one query took 0.6
-    to 0.8 of the time of the exact search of `DenseStore`, and one for 512 queries 1.0 to 2.1: this
-    store is for generation from very large memories. Measure before you choose it.
+    In the same benchmark, on one core with bfloat16 instructions, a search for 512 queries took 1.0
+    to 2.1 of the time of the exact search of `DenseStore`. For one query it took 0.6 to 0.8 of that
+    of a float32 product; where the processor multiplies 8-bit integers, `DenseStore` searches for
+    few queries by other means (`byheart.ops.search_codes`). Measure before you choose this store.
     """
 
     ring: DenseStore
@@ -184,8 +185,8 @@ class FaissStore:
         device, queries, scale = queries.device, queries.cpu(), scale.cpu()
         cursor = self.ring.cursor
 
-        def search(queries: Tensor, bias: Tensor | None) -> Neighbours:
-            return self._search(queries.float(), top_k, bias)
+        def search(queries: Tensor, bias: AgeBias | None) -> Neighbours:
+            return self._search(queries.float(), top_k, None if bias is None else bias.dense())
 
         found, bias = find_by_weight(search, queries, scale, cursor, age_slope)
         attended = gather_attend(queries, scale, self.ring.keys, self.ring.values, found, bias=bias)

@@ -64,7 +64,45 @@ class RingCursor:
             after the used ones.
         """
         slots = torch.arange(self.memory_size, device=self.num_written.device)
-        return 1 + (self.num_written[:, None] - 1 - slots) % self.memory_size
+        return self._ages(self.num_written[:, None], slots)
+
+    def ages_of(
+        self, row_ids: Int[Tensor, "*#shape"], slots: Int[Tensor, "*#shape"]
+    ) -> Int[Tensor, "*shape"]:
+        """Say how long ago the entries in some slots were written.
+
+        Args:
+            row_ids: Their rows.
+            slots: The slots.
+
+        Returns:
+            As `ages`.
+        """
+        return self._ages(self.num_written[row_ids], slots)
+
+    def ages_of_blocks(
+        self, block_size: int
+    ) -> tuple[Int[Tensor, "batch block"], Int[Tensor, "batch block"]]:
+        """Bound the ages in each block of slots, without looking at every slot.
+
+        Args:
+            block_size: Slots per block; the last block may have fewer.
+
+        Returns:
+            For each block, an age that none of its slots is below, and one that none is above.
+        """
+        first = torch.arange(0, self.memory_size, block_size, device=self.num_written.device)
+        last = (first + block_size - 1).clamp(max=self.memory_size - 1)
+        of_first, of_last = (self._ages(self.num_written[:, None], end) for end in (first, last))
+        # ages fall by one from slot to slot, but for the step from the newest entry to the oldest
+        has_step = of_first < of_last
+        return (
+            of_last.masked_fill(has_step, 1),
+            of_first.masked_fill(has_step, self.memory_size),
+        )
+
+    def _ages(self, num_written: Tensor, slots: Tensor) -> Tensor:
+        return 1 + (num_written - 1 - slots) % self.memory_size
 
     def advance(self, num_entries: Int[Tensor, " batch"]) -> "RingCursor":
         """Count entries as written.
@@ -81,6 +119,14 @@ class RingCursor:
             The cursor after the reset; the slots' content stays and is not valid any more.
         """
         return replace(self, num_written=self.num_written.masked_fill(row_mask, 0))
+
+    def num_used(self) -> Int[Tensor, " batch"]:
+        """Count the slots that hold an entry: the first so many of each row.
+
+        Returns:
+            Entries of each row.
+        """
+        return self.num_written.clamp(max=self.memory_size)
 
     def valid(self) -> Bool[Tensor, "batch entry"]:
         """Say which slots hold an entry.

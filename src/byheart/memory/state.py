@@ -172,7 +172,7 @@ class MemoryState:
         turn = self._lease.take_turn(self._turn)
         segment = _add_to_segment(state.pending, state, new)
         complete = num_pending == self.layout.segment_length
-        stores = state._write_stores(segment, complete)
+        stores = state._write_stores(segment, complete) if bool(complete.any()) else state.stores
         return replace(state._moved_on(segment, num_pending), stores=stores, _turn=turn)
 
     @torch.no_grad()
@@ -224,7 +224,7 @@ class MemoryState:
     def _write_stores(
         self, segment: tuple[KeyValues, ...], complete: Bool[Tensor, " batch"]
     ) -> dict[int, MemoryStore]:
-        """Write the complete segments, or what they push out of the XL cache.
+        """Write the complete segments, or what they push out of the XL cache; none costs as much.
 
         Returns:
             The stores after the write.

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from byheart.ops.attention import EXCLUDED, Attended, wide_dtype
+from byheart.ops.gather_triton import KernelGatherAttend, uses_gather_kernels
 from byheart.ops.search import Neighbours
 
 # Gathered keys or values held at a time. On a CPU a chunk should stay in the cache; on a GPU
@@ -31,6 +32,8 @@ def gather_attend(
     instead of keeping `[batch, heads, query, top_k, head_dim]` tensors; if the memory was written
     in between, autograd refuses (commit after backward).
 
+    On CUDA, kernels do the same without any such tensor, where Triton works and knows the types.
+
     Args:
         queries: Queries before the scale.
         scale: Factor of the scores, per head.
@@ -49,6 +52,12 @@ def gather_attend(
     Source:
         Wu et al. 2022, Memorizing Transformers, "kNN-augmented attention layer" (arXiv:2203.08913).
     """
+    if uses_gather_kernels(queries, keys, values, found.slots.shape[3]):
+        return Attended(
+            *KernelGatherAttend.apply(  # type: ignore[no-untyped-call]
+                queries, scale, keys, values, *found, bias, empty_as_zero
+            )
+        )
     logit_of_empty = 0.0 if empty_as_zero else EXCLUDED
     # weights are computed in float32, and backward, which knows no autocast, computes them again
     with torch.autocast(queries.device.type, enabled=False):

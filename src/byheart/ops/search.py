@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from byheart.ops import search_plan, search_triton
 from byheart.ops.search_cpu import num_buckets, scan_top_k
 from byheart.ops.search_select import (
     EXCLUDED,
@@ -38,13 +39,15 @@ class Neighbours(NamedTuple):
     """False at the end of rows with fewer than `top_k` valid entries."""
 
 
-def check_shapes(queries: Tensor, keys: Tensor, valid: Tensor, bias: Tensor | None = None) -> None:
+def check_shapes(
+    queries: Tensor, keys: Tensor, valid: Tensor | None = None, bias: Tensor | None = None
+) -> None:
     """Refuse tensors that do not fit together.
 
     Args:
         queries: Batch, heads, queries, head_dim.
         keys: Batch, key-value heads, entries, head_dim.
-        valid: Batch, entries.
+        valid: Batch, entries; `None` if the caller has counted them.
         bias: Batch, entries.
 
     Raises:
@@ -69,15 +72,15 @@ def check_shapes(queries: Tensor, keys: Tensor, valid: Tensor, bias: Tensor | No
             f"({keys.shape[1]}), got {heads}. Search a memory of the same model."
         )
         raise ValueError(msg)
-    if valid.shape != (batch, keys.shape[2]):
+    if valid is not None and valid.shape != (batch, keys.shape[2]):
         msg = (
             f"valid must have the shape (batch, entry) = ({batch}, {keys.shape[2]}), got "
             f"{tuple(valid.shape)}. Pass one flag per row and slot."
         )
         raise ValueError(msg)
-    if bias is not None and bias.shape != valid.shape:
+    if bias is not None and bias.shape != (batch, keys.shape[2]):
         msg = (
-            f"bias must have the shape (batch, entry) = {tuple(valid.shape)}, got "
+            f"bias must have the shape (batch, entry) = ({batch}, {keys.shape[2]}), got "
             f"{tuple(bias.shape)}. Pass one number per row and slot."
         )
         raise ValueError(msg)
@@ -278,7 +281,8 @@ def top_k_inner_product(
 
     On a CPU, large searches discard most keys by a bfloat16 product whose error is bounded, score
     the rest in float32 and prove the result for each query; what cannot be proven is searched in
-    float32 (`byheart.ops.search_cpu`). On CUDA nothing waits for the device.
+    float32 (`byheart.ops.search_cpu`). On CUDA nothing waits for the device, and large searches
+    keep group maxima instead of scores where Triton works (`byheart.ops.search_triton`).
 
     Args:
         queries: One query per token of the segment.
@@ -291,7 +295,8 @@ def top_k_inner_product(
         bias: Added to the scores of each entry before the largest are chosen; finite where `valid`.
         max_bytes: Bytes of scores held at a time; by default 8 MiB on CPU and 512 MiB on CUDA.
         scan_dtype: `torch.bfloat16` or `torch.float32` for the first pass on a CPU; by default the
-            faster of the two for the size and the processor. The result is the same.
+            faster of the two for the size and the processor. On CUDA, `torch.float32` asks for a
+            product without the kernels. The result is the same.
 
     Returns:
         Scores, slots and validity.
@@ -335,17 +340,23 @@ def _search(
     with torch.autocast(device.type, enabled=False), buffers_on(device) as buffers:
         # query heads that share a key-value head become more queries of it
         repeats = shape[1] // keys.shape[1]
-        queries_BGQD = queries.float().reshape(
-            shape[0], keys.shape[1], repeats * shape[2], keys.shape[3]
-        )
+        queries_BGQD = queries.reshape(shape[0], keys.shape[1], repeats * shape[2], keys.shape[3])
         score_bytes = 4 * shape[0] * shape[1] * shape[2] * keys.shape[2]
         fits = score_bytes <= max_bytes and scan_dtype is not torch.bfloat16
-        if fits or not queries.is_cpu:
-            found = _search_batch(queries_BGQD, keys, valid, bias, top_k, max_bytes, buffers)
+        plan = None
+        if scan_dtype is not torch.float32:
+            plan = search_plan.plan_search(queries, keys, top_k)
+        found: tuple[Tensor, Tensor, Tensor]
+        if plan is not None:
+            # not widened: bfloat16 queries are multiplied as they are
+            found = search_triton.search(queries_BGQD, keys, valid, bias, top_k, max_bytes, plan)
+        elif fits or not queries.is_cpu:
+            wide = queries_BGQD.float()
+            found = _search_batch(wide, keys, valid, bias, top_k, max_bytes, buffers)
         else:
-            limits = (max_bytes, scan_dtype)
-            found = _search_rows(queries_BGQD, keys, valid, bias, top_k, limits, buffers)
-    return found.scores.view(shape), found.slots.view(shape), found.valid.view(shape)
+            wide, limits = queries_BGQD.float(), (max_bytes, scan_dtype)
+            found = _search_rows(wide, keys, valid, bias, top_k, limits, buffers)
+    return found[0].view(shape), found[1].view(shape), found[2].view(shape)
 
 
 @_search.register_fake

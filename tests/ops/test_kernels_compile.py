@@ -1,0 +1,26 @@
+"""The kernels compile for GPUs that are not there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+def test_kernels_compile_and_fit_into_shared_memory(capability, tmp_path):
+    script = Path(__file__).with_name("kernels_compiled.py")
+    # the interpreter, which the tests choose, compiles nothing
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, str(script), str(capability)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
