@@ -5,6 +5,7 @@ python -m benchmarks.tables
 
 from benchmarks.table import HERE, machine_line, read, table
 from benchmarks.tables_decode import decode_section, indexes_table, read_section
+from benchmarks.tables_tasks import recipe_section, task_section
 
 INTRODUCTION = """# Benchmarks
 
@@ -285,6 +286,8 @@ def main() -> None:
         compare_section("python"),
         compare_section("arxiv-math"),
         recurrent_section(),
+        *(task_section(task) for task in ("memorize", "detect", "reason")),
+        *(recipe_section(task) for task in ("detect", "reason")),
     ]
     text = "\n\n".join([INTRODUCTION.strip(), *(section for section in sections if section)])
     (HERE / "README.md").write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,56 @@
+"""Sections of benchmarks/README.md about the tasks of the Recurrent Memory Transformer report."""
+
+from typing import Any
+
+from benchmarks.table import HERE, machine_line, read, table
+
+
+def task_section(task: str) -> str | None:
+    result = read(f"{task}/{task}.json")
+    if result is None:
+        return None
+    made = result["made_by"]
+    versions = ", ".join(f"{name} {v}" for name, v in made["versions"].items())
+    return "\n\n".join(
+        [
+            f"## Recurrent memory: {task}",
+            "An encoder of 0.9M parameters from scratch, windows of 64 tokens of which 51 are "
+            "text, 10 memory tokens, trained on documents of 1 to 7 segments; held-out facts in "
+            "held-out stories. The report's column is a pretrained BERT with segments of 499 "
+            "tokens (Bulatov et al. 2023, Figure 1).",
+            (HERE / "results" / task / f"{task}.md").read_text(encoding="utf-8").strip(),
+            *(f"Seed {seed}: {outcome}" for seed, outcome in enumerate(result["outcomes"])),
+            f"`{made['command']}` on {made['cores']} cores of {made['processor']}; {versions}.",
+        ]
+    )
+
+
+def recipe_section(task: str) -> str | None:
+    result = read(f"recipe-{task}.json")
+    if result is None:
+        return None
+    rows = [
+        [
+            name,
+            _reached(row),
+            f"{row['evaluations'][-1]['accuracy']:.1%}",
+            str(row["steps"]),
+        ]
+        for name, row in result["results"].items()
+    ]
+    settings = result["settings"]
+    return "\n\n".join(
+        [
+            f"## What each part of the recipe of {task} brings",
+            f"Each row changes one thing of the recipe; seed {settings['seed']}. A stage is given "
+            f"up after {settings['stage_steps']:,} steps. Accuracy: of the running average, on "
+            "held-out documents of the stage in which the run ended.",
+            table(["recipe", "stages reached after steps", "last accuracy", "steps"], rows),
+            machine_line(result["machine"]),
+        ]
+    )
+
+
+def _reached(row: dict[str, Any]) -> str:
+    stages = [f"{stage['stage']}: {stage['step']:,}" for stage in row["reached"]]
+    return ", ".join(stages) or "none"
