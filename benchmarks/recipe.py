@@ -22,11 +22,10 @@ from byheart.training.checkpoint import find_checkpoint
 from byheart.training.task_run import train_task
 
 SEGMENTS = {"reason": 1, "detect": 4}
-STAGE_STEPS = 1500
+STAGE_STEPS = 2000
 SHARED = {
     "weights themselves, no running average": ["training.average_decay=0"],
     "no weight decay": ["training.weight_decay=0"],
-    "no fragments of facts in the background": ["task.fragments=0"],
 }
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "reason": {
@@ -34,7 +33,10 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "no local layers": ["encoder.num_local_layers=0"],
         "one question about each document": ["task.num_questions=1"],
         "documents fill their segments": ["task.any_length=false"],
+        "answer from [CLS]": ["encoder.pooling=cls"],
+        "first weights of 0.02": ["encoder.init_std=0.02"],
         "no lesson": ["curriculum.lesson=false"],
+        "fragments of facts in the background": ["task.fragments=2"],
         **SHARED,
     },
     "detect": {
@@ -45,6 +47,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "the same rate in all stages": ["training.length_decay=0"],
         "gated update": ["memory.update=gated"],
         "noise of 0.1 on the memory": ["memory.noise=0.1"],
+        "no fragments of facts in the background": ["task.fragments=0"],
         **SHARED,
     },
 }
