@@ -51,6 +51,9 @@ def main() -> None:
     weights = {f"weight.{name}": weight for name, weight in memory_model.named_parameters()}
     store = state.stores[1].state_dict()
     save_file({**weights, **store}, folder / f"{rank}.safetensors")
+    # a process that ends while the reducer still holds the group can wait for the other for ever
+    distributed.barrier()
+    del parallel
     distributed.destroy_process_group()
 
 
