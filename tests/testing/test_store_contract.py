@@ -169,8 +169,8 @@ class ChoosesWithoutTheAge(DenseStore):
         found = super()._search(queries, top_k, None)
         if bias is None:
             return found
-        bias = bias[:, None, None].expand(*found.slots.shape[:3], -1).gather(3, found.slots)
-        return found._replace(scores=found.scores + bias)
+        row_ids = torch.arange(len(queries))[:, None, None, None]
+        return found._replace(scores=found.scores + bias.at(row_ids, found.slots))
 
 
 MUTANTS = {
