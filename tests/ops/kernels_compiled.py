@@ -15,7 +15,7 @@ from triton.runtime import driver, jit
 from byheart.ops import search_plan, search_triton
 from byheart.ops.gather_triton import KernelGatherAttend
 
-SHARED_BYTES = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448}
+SHARED_BYTES = {86: 101_376, 90: 232_448, 100: 232_448}
 
 
 class NoDriver:

@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+# one of each generation, and of the first the one with the least shared memory
+@pytest.mark.parametrize("capability", [86, 90, 100])
 def test_kernels_compile_and_fit_into_shared_memory(capability, tmp_path):
     script = Path(__file__).with_name("kernels_compiled.py")
     # the interpreter, which the tests choose, compiles nothing
