@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from byheart.cli.provenance import processor
+
 
 class Timing(NamedTuple):
     """Wall-clock seconds of one contender, one number per round."""
@@ -26,15 +28,6 @@ class Timing(NamedTuple):
     @property
     def fastest(self) -> float:
         return min(self.seconds)
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
@@ -51,7 +44,7 @@ def machine_info(packages: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -18,15 +18,19 @@ def provenance() -> dict[str, object]:
     """
     return {
         "command": shlex.join(["byheart", *sys.argv[1:]]),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in _PACKAGES},
     }
 
 
-def _processor() -> str:
-    # Python's own answer is empty on many Linux systems
+def processor() -> str:
+    """Name the processor; Python's own answer is empty on many Linux systems.
+
+    Returns:
+        Its name, or the machine's architecture.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():

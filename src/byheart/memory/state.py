@@ -10,7 +10,7 @@ from torch import Tensor
 from byheart.errors import MemoryStateError
 from byheart.memory.dense import Lease, overwrite
 from byheart.memory.layout import MemoryLayout
-from byheart.memory.ring import RingCursor
+from byheart.memory.ring import RingCursor, known_none
 from byheart.memory.store import KeyValues, MemoryStore
 from byheart.memory.stores import MakeStore, empty_stores
 from byheart.ops.norms import unit_length
@@ -172,7 +172,7 @@ class MemoryState:
         turn = self._lease.take_turn(self._turn)
         segment = _add_to_segment(state.pending, state, new)
         complete = num_pending == self.layout.segment_length
-        stores = state._write_stores(segment, complete) if bool(complete.any()) else state.stores
+        stores = state.stores if known_none(complete) else state._write_stores(segment, complete)
         return replace(state._moved_on(segment, num_pending), stores=stores, _turn=turn)
 
     @torch.no_grad()

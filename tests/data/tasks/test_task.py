@@ -352,19 +352,24 @@ def test_documents_of_any_length_end_in_their_last_segment(make, words, name):
     assert len(lengths) > 9
 
 
-def test_as_many_questions_are_asked_as_there_are(make, tmp_path):
+def test_as_many_questions_are_asked_as_there_are(make, words, tmp_path):
     facts = tmp_path / "facts.jsonl"
     records = [
         {
-            "facts": ["A is b.", f"C is {i // 3}."],
-            "question": f"Who {i % 3}?",
-            "answer": f"a{i % 3}",
+            "facts": ["Mary went to the garden.", f"{name} went to the office."],
+            "question": f"Where is {KEYS[number]}?",
+            "answer": f"a{number}",
         }
-        for i in range(120)
+        for name in KEYS[10:50]
+        for number in range(3)
     ]
     facts.write_text("\n".join(map(json.dumps, records)))
     task = make("reason", facts=str(facts), num_questions=9, segment_length=40)
-    labels = [task.sample(index, 1).label for index in range(90)]
-    most = max(Counter(labels).values())
-    assert len(set(labels)) == 3
-    assert most < 60
+    samples = [task.sample(index, 1) for index in range(90)]
+    names = [words.decode(sample.facts[1][1]).split()[0] for sample in samples]
+    groups = [names[start : start + 3] for start in range(0, 90, 3)]
+    assert all(len(set(group)) == 1 for group in groups)
+    # three questions, and then other facts
+    assert len({group[0] for group in groups}) > 9
+    labels = [{sample.label for sample in samples[start : start + 3]} for start in range(0, 90, 3)]
+    assert max(map(len, labels)) == 3
