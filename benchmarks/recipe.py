@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "documents fill their segments": ["task.any_length=false"],
         "answer from [CLS]": ["encoder.pooling=cls"],
         "first weights of 0.02": ["encoder.init_std=0.02"],
-        "no lesson": ["curriculum.lesson=false"],
+        "no lesson": ["curriculum.lessons=false"],
         "fragments of facts in the background": ["task.fragments=2"],
         **SHARED,
     },

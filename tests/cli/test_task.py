@@ -77,7 +77,7 @@ def test_a_curriculum_that_fails_is_a_failure_with_a_remedy(command, stories, tm
     )  # fmt: skip
     assert code == 1
     assert "reason (clean form)" in out
-    assert "The lesson was not reached: after 6 steps" in err
+    assert "The lesson of 1 of 2 segments was not reached: after 6 steps" in err
     assert "Raise curriculum.stage_steps" in err
     assert (tmp_path / "run" / "model").is_dir()
 

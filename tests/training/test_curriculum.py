@@ -73,20 +73,31 @@ def test_a_saved_curriculum_is_the_same():
     assert Curriculum.from_list(config(), saved) == curriculum
 
 
-def test_a_lesson_is_a_stage_before_the_first():
-    curriculum = after(0.5, 0.9, 0.1, lesson=True)
-    assert [e.lesson for e in curriculum.evaluations] == [True, True, False]
-    assert (curriculum.stage, curriculum.lesson, curriculum.stage_start) == (1, False, 20)
-    assert [after(*a, lesson=True).lesson for a in ([], [0.5], [0.9])] == [True, True, False]
+def test_lessons_go_through_all_stages_first():
+    whole = after(*[0.9] * 6, lessons=True)
+    assert [(e.num_segments, e.lesson) for e in whole.evaluations] == [
+        (1, True), (2, True), (3, True), (1, False), (2, False), (3, False),
+    ]  # fmt: skip
+    assert (whole.stage, whole.saturated_at, whole.outcome(80)) == (3, 60, "reached")
+    assert after(*[0.9] * 5, lessons=True).saturated_at is None
+    starts = [after(*[0.9] * n, lessons=True).stage_start for n in range(7)]
+    assert starts == [0, 10, 20, 30, 40, 50, 50]
+    assert config(lessons=True).most_steps == config().most_steps + 90
+    later = after(*[0.9] * 3, lessons=True, min_segments=2)
+    assert [(e.num_segments, e.lesson) for e in later.evaluations] == [
+        (2, True), (3, True), (2, False),
+    ]  # fmt: skip
+
+
+def test_a_lesson_is_reached_like_a_stage():
+    curriculum = after(0.5, 0.9, 0.1, lessons=True)
+    assert [(e.num_segments, e.lesson) for e in curriculum.evaluations] == [
+        (1, True), (1, True), (2, True),
+    ]  # fmt: skip
+    assert (curriculum.stage, curriculum.lesson, curriculum.stage_start) == (2, True, 20)
     assert not after(0.5).lesson
-    whole = after(0.9, 0.9, 0.9, 0.9, lesson=True)
-    assert [e.num_segments for e in whole.evaluations] == [1, 1, 2, 3]
-    assert [e.lesson for e in whole.evaluations] == [True, False, False, False]
-    assert (whole.stage, whole.saturated_at) == (3, 40)
-    assert after(0.9, 0.9, 0.9, lesson=True).saturated_at is None
-    assert config(lesson=True).most_steps == config().most_steps + 30
-    saved = json.loads(json.dumps(whole.to_list()))
-    assert Curriculum.from_list(config(lesson=True), saved) == whole
+    saved = json.loads(json.dumps(curriculum.to_list()))
+    assert Curriculum.from_list(config(lessons=True), saved) == curriculum
 
 
 def test_no_run_is_longer_than_the_longest():

@@ -73,7 +73,7 @@ def test_only_training_has_fragments():
             "num_local_layers must be between 0 and 0 for 3 layers of bert, got 1",
         ),
         (["encoder.local_reach=0"], "encoder: local_reach must be at least 1"),
-        (["curriculum.lesson=true"], "lesson must be false for the task 'memorize', got true"),
+        (["curriculum.lessons=true"], "lessons must be false for the task 'memorize', got true"),
         (["encoder.architecture=bert", "encoder.pooling=mean"], "pooling must be 'cls' for bert"),
         (["encoder.init_std=0"], "encoder: init_std must be above 0 and below 1, got 0"),
         (["encoder.dropout=1"], "dropout must be at least 0 and below 1"),

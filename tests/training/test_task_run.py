@@ -141,7 +141,7 @@ def test_without_a_decay_the_weights_themselves_are_kept(tmp_path):
     assert not (last / "average").exists()
 
 
-def test_a_lesson_comes_first_and_is_resumed(tmp_path, monkeypatch):
+def test_lessons_come_first_and_are_resumed(tmp_path, monkeypatch):
     seen = []
     count = task_trainer.count_right
 
@@ -151,7 +151,7 @@ def test_a_lesson_comes_first_and_is_resumed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(task_trainer, "count_right", counted)
     run = task_run(
-        task={"name": "reason"}, window=43, curriculum={"lesson": True, "keep_stages": True},
+        task={"name": "reason"}, window=43, curriculum={"lessons": True, "keep_stages": True},
         training={"keep_checkpoints": 9},
     )  # fmt: skip
     result = train_task(run, tmp_path / "whole")
@@ -160,10 +160,10 @@ def test_a_lesson_comes_first_and_is_resumed(tmp_path, monkeypatch):
     assert set(seen) == {True, False}
     stages = json.loads((tmp_path / "whole" / "result.json").read_text())["stages"]
     assert [(stage["num_segments"], stage["lesson"]) for stage in stages] == [
-        (1, True), (1, False), (2, False), (3, False),
+        (1, True), (2, True), (3, True), (1, False), (2, False), (3, False),
     ]  # fmt: skip
     assert kept_stages(tmp_path / "whole") == (1, 2, 3)
-    assert "All 4 stages were reached" in result.summary
+    assert "All 6 stages were reached" in result.summary
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     for step in steps_of(tmp_path / "again")[1:]:
         shutil.rmtree(tmp_path / "again" / f"checkpoint-{step}")
@@ -173,11 +173,11 @@ def test_a_lesson_comes_first_and_is_resumed(tmp_path, monkeypatch):
 
 def test_a_lesson_that_is_not_learned_or_cannot_be_is_said(tmp_path):
     run = task_run(
-        task={"name": "reason"}, window=43, curriculum={"lesson": True, "advance_accuracy": 1.0}
+        task={"name": "reason"}, window=43, curriculum={"lessons": True, "advance_accuracy": 1.0}
     )
     result = train_task(run, tmp_path / "run")
     assert result.outcome == "not reached"
-    assert result.summary.startswith("The lesson was not reached: after 8 steps")
+    assert result.summary.startswith("The lesson of 1 of 3 segments was not reached: after 8 steps")
     facts = tmp_path / "facts.jsonl"
     records = [
         {"facts": [f"A is {i}.", f"B is {i}."], "question": "Who?", "answer": f"a{i % 2}"}
@@ -185,7 +185,7 @@ def test_a_lesson_that_is_not_learned_or_cannot_be_is_said(tmp_path):
     ]
     facts.write_text("\n".join(map(json.dumps, records)))
     run = task_run(
-        task={"name": "reason", "facts": str(facts)}, window=43, curriculum={"lesson": True}
+        task={"name": "reason", "facts": str(facts)}, window=43, curriculum={"lessons": True}
     )
     with pytest.raises(ValueError, match="A lesson needs stories of 'reason' whose facts"):
         train_task(run, tmp_path / "none")

@@ -163,6 +163,7 @@ def measure_trained(
             segments=segments,
             samples=samples,
             rows=rows,
+            precision=trained.run.training.precision,
             on_progress=on_progress,
         )
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from byheart.evaluation.peak_memory import peak_memory
 from byheart.evaluation.segments_result import SegmentsMeasurement, SegmentsResult
 from byheart.ops.segments import segment_bounds
 
-__all__ = ["SEGMENTS", "SegmentsProgress", "count_right", "evaluate_by_segments"]
+__all__ = ["SEGMENTS", "Precision", "SegmentsProgress", "count_right", "evaluate_by_segments"]
+
+Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 SEGMENTS = tuple(2**power for power in range(13))
 """From 1 to 4,096 segments, as in the report."""
@@ -41,6 +44,7 @@ def evaluate_by_segments(
     samples: int = 400,
     rows: int = 50,
     segments_per_call: int = 8,
+    precision: Precision = "float32",
     on_progress: Callable[[SegmentsProgress], None] | None = None,
 ) -> SegmentsResult:
     """Measure the accuracy on documents of several lengths.
@@ -54,6 +58,7 @@ def evaluate_by_segments(
         samples: Documents of each length.
         rows: Documents read at the same time.
         segments_per_call: Segments given to the model at once.
+        precision: Of the matrix products; the memory is always float32.
         on_progress: Called after every piece.
 
     Returns:
@@ -87,6 +92,7 @@ def evaluate_by_segments(
                 range(samples),
                 rows=rows,
                 segments_per_call=segments_per_call,
+                precision=precision,
                 on_tokens=moved,
             )
         measurements.append(
@@ -116,6 +122,7 @@ def count_right(
     *,
     rows: int = 50,
     segments_per_call: int = 8,
+    precision: Precision = "float32",
     on_tokens: Callable[[int], None] | None = None,
 ) -> int:
     """Count the documents whose question is answered right.
@@ -127,13 +134,16 @@ def count_right(
         indices: Which of them.
         rows: Documents read at the same time.
         segments_per_call: Segments given to the model at once.
+        precision: Of the matrix products; the memory is always float32.
         on_tokens: Called after every piece with the number of its tokens.
 
     Returns:
         Right answers.
     """
     right = 0
-    with _evaluating(memory_model):
+    device = memory_model.new_state(1).memory.device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    with _evaluating(memory_model), autocast:
         for start in range(0, len(indices), rows):
             samples = [task.sample(i, num_segments) for i in indices[start : start + rows]]
             logits = _answer(memory_model, samples, segments_per_call, on_tokens)

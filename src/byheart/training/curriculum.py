@@ -18,9 +18,9 @@ Outcome = Literal["running", "reached", "not reached"]
 class CurriculumConfig:
     """How the documents grow: stage N has documents of at most N segments."""
 
-    lesson: bool = False
-    """Whether `reason` begins with those stories alone that are hardly learned among the others,
-    in documents of one segment; see `byheart.data.tasks.Task.lesson`."""
+    lessons: bool = False
+    """Whether `reason` goes through all stages twice, first with those stories alone that are
+    hardly learned among the others; see `byheart.data.tasks.Task.lesson`."""
     min_segments: int = 1
     """Segments of the first stage, and of the shortest documents."""
     max_segments: int = 7
@@ -62,8 +62,13 @@ class CurriculumConfig:
 
     @property
     def num_stages(self) -> int:
-        """Stages of the whole run, the lesson included."""
-        return self.max_segments - self.min_segments + 1 + self.lesson
+        """Stages of the whole run, lessons included."""
+        return self.num_lengths * (2 if self.lessons else 1)
+
+    @property
+    def num_lengths(self) -> int:
+        """Stages that differ in the length of their documents."""
+        return self.max_segments - self.min_segments + 1
 
     @property
     def most_stage_steps(self) -> int:
@@ -87,7 +92,7 @@ class Evaluation:
     accuracy: float
     """Share of right answers on held-out documents."""
     lesson: bool = False
-    """Whether they were those of the lesson."""
+    """Whether they were those of a lesson."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +105,7 @@ class Curriculum:
 
     @property
     def reached(self) -> tuple[Evaluation, ...]:
-        """The evaluation in which each stage was reached, the lesson first."""
+        """The evaluation in which each stage was reached, lessons first."""
         found: list[Evaluation] = []
         for evaluation in self.evaluations:
             is_current = len(found) < self.config.num_stages
@@ -110,14 +115,16 @@ class Curriculum:
 
     @property
     def lesson(self) -> bool:
-        """Whether the run is in its lesson."""
-        return self.config.lesson and not self.reached
+        """Whether the run is in a lesson."""
+        return self.config.lessons and len(self.reached) < self.config.num_lengths
 
     @property
     def stage(self) -> int:
         """Segments of the longest documents that are trained on."""
-        passed = max(0, len(self.reached) - self.config.lesson)
-        return min(self.config.min_segments + passed, self.config.max_segments)
+        config, passed = self.config, len(self.reached)
+        if passed == config.num_stages:
+            return config.max_segments
+        return config.min_segments + passed % config.num_lengths
 
     @property
     def stage_start(self) -> int:

@@ -74,13 +74,9 @@ class TaskResult:
                 f"{config.advance_accuracy:.1%}, the last after step "
                 f"{self.curriculum.saturated_at:,} of {self.steps:,}."
             )
-        stage = (
-            "The lesson"
-            if last.lesson
-            else f"The stage of {last.num_segments} of {config.max_segments} segments"
-        )
+        kind = "lesson" if last.lesson else "stage"
         return (
-            f"{stage} was not reached: "
+            f"The {kind} of {last.num_segments} of {config.max_segments} segments was not reached: "
             f"after {config.stage_steps:,} steps the accuracy is {last.accuracy:.1%}, and must be "
             f"{config.advance_accuracy:.1%}. Raise "
             "curriculum.stage_steps and go on with resume=True (--resume), or change the training."
@@ -169,7 +165,7 @@ def train_task(
             _check_stages(run, out, checkpoint)
         train = make_task(run, tokenizer.tokenizer, is_training=True, seed=run.training.seed)
         _check_shortest(run, train)
-        if run.curriculum.lesson:
+        if run.curriculum.lessons:
             train.lesson()  # refused now rather than later
         if is_main:
             _begin_directory(out, run, tokenizer, checkpoint)
@@ -194,8 +190,12 @@ def _train(
     checkpoint: Checkpoint | None,
     on_event: Callable[[TrainEvent], None] | None,
 ) -> TaskTrainer:
+    memory_model = make_memory_model(run, tokenizer, train.num_labels)
+    if run.training.precision == "bfloat16" and arguments.device.type == "cpu":
+        # the backward pass of torch's fused attention takes 7 times as long there as in float32
+        memory_model.model.set_attn_implementation("eager")
     trainer = TaskTrainer(
-        make_memory_model(run, tokenizer, train.num_labels),
+        memory_model,
         train,
         make_task(run, tokenizer.tokenizer, is_training=False, seed=run.training.seed),
         run,
@@ -308,6 +308,7 @@ def _result(
             segments=run.evaluation.segments,
             samples=run.evaluation.samples,
             rows=run.evaluation.rows,
+            precision=run.training.precision,
             on_progress=on_progress,
         ),
     )

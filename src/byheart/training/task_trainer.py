@@ -79,8 +79,8 @@ class TaskTrainer(ResumableTrainer):
         )
         self.memory_model = memory_model
         self.task, self.validation, self.run = train, validation, run
-        has_lesson = run.curriculum.lesson
-        self._lesson = (train.lesson(), validation.lesson()) if has_lesson else None
+        has_lessons = run.curriculum.lessons
+        self._lesson = (train.lesson(), validation.lesson()) if has_lessons else None
         self.curriculum = Curriculum(config=run.curriculum)
         """How far the run has come."""
         self._average: AveragedModel | None = None
@@ -201,6 +201,7 @@ class TaskTrainer(ResumableTrainer):
                 num_segments,
                 mine,
                 rows=self.run.evaluation.rows,
+                precision=self.run.training.precision,
             )
         total = self._add_up(torch.tensor(float(right), device=self.args.device)).item()
         accuracy = total / samples
