@@ -9,9 +9,14 @@ recurrent-memory-transformer-pytorch (`make bench-peers`) with its memory-replay
 the same width, depth and heads, without its extras (XL memories, several residual streams); and
 the authors' wrapper around the same GPT-2, from a checkout of
 github.com/booydar/recurrent-memory-transformer that `--authors` names.
+
+Documents of many lengths: 48 of 1 to 64 segments are read 8 at a time, by `read_documents`, where
+the next document takes the row of one that is done, and in batches of 8 that last as long as their
+longest. The floor is the segments of all documents at the speed of a full batch.
 """
 
 import argparse
+import math
 import resource
 import subprocess
 import sys
@@ -32,6 +37,8 @@ ROWS, SEGMENT, MEMORY, VOCAB = 2, 128, 8, 50_257
 WIDTH, LAYERS, HEADS = 256, 4, 4
 PIECE = 16
 """Segments per call in inference: a document is given in pieces, as it would be read from disk."""
+
+NUM_DOCUMENTS, DOCUMENT_ROWS, LONGEST = 48, 8, 64
 
 Run = Callable[[int], None]
 """Reads or trains on a document of so many segments."""
@@ -92,6 +99,55 @@ def backbone_reading() -> Run:
             model.transformer(ids, use_cache=False)
 
     return run
+
+
+def document_lengths() -> list[int]:
+    """Segments of the documents: as many of 1 to 2 as of 32 to 64, like texts of the world."""
+    generator = torch.Generator().manual_seed(0)
+    powers = torch.rand(NUM_DOCUMENTS, generator=generator) * math.log2(LONGEST)
+    return [round(2**power) for power in powers.tolist()]
+
+
+def reading_documents(counts: list[int], *, refill: bool) -> Callable[[], None]:
+    """Read documents of so many segments, the same ones both ways."""
+    model = ours(replay=False).eval()
+    documents = [torch.randint(0, VOCAB, (count * SEGMENT,)) for count in counts]
+
+    def refilled() -> None:
+        found = list(model.read_documents(documents, rows=DOCUMENT_ROWS))
+        assert len(found) == len(documents)
+
+    @torch.no_grad()
+    def in_batches() -> None:
+        for start in range(0, len(documents), DOCUMENT_ROWS):
+            batch = documents[start : start + DOCUMENT_ROWS]
+            ids = nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_side="left")
+            lengths = torch.tensor([len(document) for document in batch])
+            mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+            model(ids, attention_mask=mask, logits_to_keep=1)
+
+    return refilled if refill else in_batches
+
+
+def time_documents(rounds: int) -> dict[str, Any]:
+    """Compare refilled rows, batches, and as many segments in full batches."""
+    counts = document_lengths()
+    even = [-(-sum(counts) // DOCUMENT_ROWS)] * DOCUMENT_ROWS
+    timings = time_pairs(
+        {
+            "read_documents": reading_documents(counts, refill=True),
+            "batches": reading_documents(counts, refill=False),
+            "full batch (floor)": reading_documents(even, refill=True),
+        },
+        rounds,
+    )
+    seconds = {name: timing.median for name, timing in timings.items()}
+    floor = seconds["full batch (floor)"]
+    return {
+        "segments": counts,
+        "seconds": seconds,
+        "over the floor": {name: value / floor for name, value in seconds.items()},
+    }
 
 
 def peer_model() -> nn.Module:
@@ -246,6 +302,9 @@ def main() -> None:
     )
     result["times"] = {name: timing.median / 8 for name, timing in timings.items()}
     result["ratios"] = ratios(result)
+    result["documents"] = time_documents(1 if arguments.quick else arguments.rounds)
+    for name, value in result["documents"]["over the floor"].items():
+        print(f"{'documents of 1 to 64 segments, over the floor: ' + name:70} {value:8.4f}")
     for name, value in [*result["times"].items(), *result["ratios"].items()]:
         print(f"{name:70} {value:8.4f}")
     if arguments.out:

@@ -224,8 +224,8 @@ def test_rows_that_have_ended_ask_for_no_logits(monkeypatch):
 
     monkeypatch.setattr(decoder, "predict", predict)
     memory_model(random_tokens(2, 28), attention_mask=mask, logits_to_keep=7)
-    # the first segment of the short row, and the last of the long one
-    assert wanted == [TEXT, TEXT]
+    # the three tokens of the short row, and the last segment of the long one
+    assert wanted == [3, TEXT]
 
 
 @kinds

@@ -266,10 +266,32 @@ def test_only_the_wanted_logits_are_returned(kept, tiny_model, wrap, draw):
     ids = draw(2, 17)
     out = memory_model(ids, logits_to_keep=kept)
     if kept:
-        assert torch.equal(out.logits, memory_model(ids).logits[:, -kept:])
+        close(out.logits, memory_model(ids).logits[:, -kept:])
     else:
         assert out.logits is None
     assert memory_model(ids, labels=ids).logits is None
+
+
+@pytest.mark.parametrize("kept", [1, 4, 9, 16])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_the_wanted_logits_of_ragged_rows_are_those_of_all(kept, side, tiny_model, wrap, draw):
+    memory_model = wrap(tiny_model("gpt2"))
+    seen = []
+    head = memory_model.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[1]))
+    state = memory_model.new_state(4)
+    for first in (5, 16):  # the second call has pending tokens before its own
+        ids, lengths = draw(4, first, seed=first), torch.tensor([first, 3, first - 1, 1])
+        columns = torch.arange(first)
+        mask = columns < lengths[:, None]
+        mask = mask.flip(1) if side == "left" else mask
+        everything = memory_model(ids, attention_mask=mask, state=state)
+        seen.clear()
+        out = memory_model(ids, attention_mask=mask, state=state, logits_to_keep=min(kept, first))
+        assert max(seen) <= max(kept, 1)
+        close(out.logits, everything.logits[:, -min(kept, first) :])
+        state = state.commit(out.new_entries)
 
 
 @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -81,6 +83,26 @@ def model_kind(model: PreTrainedModel | Decoder) -> Kind:
 def input_embedding(model: PreTrainedModel | Decoder) -> Any:
     """Return the module that turns token ids into vectors."""
     return model.embedding if isinstance(model, Decoder) else model.get_input_embeddings()
+
+
+@torch.no_grad()
+def embedding_statistics(
+    embedding: Any,
+) -> tuple[Float[Tensor, " embed_dim"], Float[Tensor, " embed_dim"]]:
+    """Measure the vectors that an embedding yields: some scale what they look up, as Gemma's.
+
+    Returns:
+        Mean and standard deviation, per number.
+    """
+    vocab_size, device = len(embedding.weight), embedding.weight.device
+    total = squares = torch.zeros((), device=device)
+    # in pieces: a vocabulary in double precision is gigabytes
+    for ids in torch.split(torch.arange(vocab_size, device=device), 8192):
+        vectors = embedding(ids).double()
+        total, squares = total + vectors.sum(dim=0), squares + vectors.square().sum(dim=0)
+    mean = total / vocab_size
+    variance = (squares - vocab_size * mean.square()) / max(1, vocab_size - 1)
+    return mean.float(), variance.clamp(min=0).sqrt().float()
 
 
 def window_model(

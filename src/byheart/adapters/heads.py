@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from byheart.adapters.families import Kind
 from byheart.adapters.window_models import AnswerRequest
-from byheart.models.recurrent_text import RowText, new_columns
+from byheart.models.recurrent_text import RowText, kept_columns, new_columns
 from byheart.models.segmentation import Step
 from byheart.models.text_output import TextOutput, TextRequest
 from byheart.ops.losses import IGNORED
@@ -136,7 +136,8 @@ class LanguageHead:
             return None
         targets = self._targets(step) if has_loss else None
         width = max(stop - start for start, stop in step.spans)
-        content = TextRequest(num_columns=width, targets=targets, logits=logits)
+        columns = None if has_loss else kept_columns(self.text, step, self.first_kept)
+        content = TextRequest(num_columns=width, targets=targets, logits=logits, columns=columns)
         return Request(content=content, has_loss=has_loss)
 
     def _targets(self, step: Step) -> Int[Tensor, "rows text"]:
@@ -185,7 +186,7 @@ class LanguageHead:
         for step, part in zip(steps, parts, strict=True):
             if part is None:
                 continue
-            is_new, columns = new_columns(self.text, step)
+            is_new, columns = new_columns(self.text, step, part.shape[1])
             kept = is_new & (columns >= first_column)
             rows = torch.tensor(step.rows)[:, None].expand_as(columns)
             places.append((rows[kept], columns[kept] - first_column))

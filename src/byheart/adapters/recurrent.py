@@ -1,9 +1,9 @@
 """Recurrent memory on a `Decoder` or any Hugging Face model: `RecurrentMemory`."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from byheart.adapters.families import input_embedding, model_kind, require_fits, window_model
+from byheart.adapters.families import (
+    embedding_statistics,
+    input_embedding,
+    model_kind,
+    require_fits,
+    window_model,
+)
 from byheart.adapters.heads import EncoderHead, Head, make_head
 from byheart.adapters.tied import keep_tied_weights_once
 from byheart.memory.recurrent import NewMemory, RecurrentLayout, RecurrentState
@@ -22,6 +28,9 @@ from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.models.recurrent_decoder import DecoderReader, inner_layout
 from byheart.models.recurrent_text import RowText, gather_text, new_memory
 from byheart.models.segmentation import Step, plan_steps
+
+if TYPE_CHECKING:
+    from byheart.adapters.recurrent_reading import DocumentRead, DocumentTokens
 
 
 @dataclass
@@ -79,7 +88,7 @@ class RecurrentMemory(nn.Module):
         self.kind = model_kind(model)
         self.memory_config = config
         embedding = input_embedding(model)
-        mean, std = _statistics(embedding)
+        mean, std = embedding_statistics(embedding)
         self.memory = RecurrentCore(config, len(mean), mean=mean, std=std).to(
             embedding.weight.device
         )
@@ -242,6 +251,22 @@ class RecurrentMemory(nn.Module):
 
         return generate(self, input_ids, **options)
 
+    def read_documents(
+        self, documents: "Iterable[DocumentTokens]", **options: Any
+    ) -> "Iterator[DocumentRead]":
+        """Read many documents side by side, see `byheart.adapters.recurrent_reading`.
+
+        Args:
+            documents: Their tokens, or what gives them piece by piece; of any lengths.
+            options: `rows`, `segments_per_call` and `on_tokens`.
+
+        Returns:
+            Scores and state of each document, as its end is reached.
+        """
+        from byheart.adapters.recurrent_reading import read_documents
+
+        return read_documents(self, documents, **options)
+
     def save_pretrained(
         self, directory: str | os.PathLike[str], *, with_model: bool = False
     ) -> None:
@@ -369,21 +394,3 @@ class RecurrentMemory(nn.Module):
                     "the tokenizer that belongs to the model."
                 )
                 raise ValueError(msg)
-
-
-@torch.no_grad()
-def _statistics(embedding: Any) -> tuple[Float[Tensor, " embed_dim"], Float[Tensor, " embed_dim"]]:
-    """Measure the vectors that an embedding yields: some scale what they look up, as Gemma's.
-
-    Returns:
-        Mean and standard deviation, per number.
-    """
-    vocab_size, device = len(embedding.weight), embedding.weight.device
-    total = squares = torch.zeros((), device=device)
-    # in pieces: a vocabulary in double precision is gigabytes
-    for ids in torch.split(torch.arange(vocab_size, device=device), 8192):
-        vectors = embedding(ids).double()
-        total, squares = total + vectors.sum(dim=0), squares + vectors.square().sum(dim=0)
-    mean = total / vocab_size
-    variance = (squares - vocab_size * mean.square()) / max(1, vocab_size - 1)
-    return mean.float(), variance.clamp(min=0).sqrt().float()

@@ -54,7 +54,8 @@ class CausalWindowModel(HuggingFaceReader):
 
         def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             taken.append(inputs[0])
-            return (inputs[0][:, start:stop], *inputs[1:])
+            text = inputs[0][:, start:stop]
+            return (text if request is None else request.of(text), *inputs[1:])
 
         with _hook(self.head.register_forward_pre_hook, take):
             logits = self.model(**_inputs(window), use_cache=False).logits

@@ -2,19 +2,16 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from byheart.adapters.recurrent import RecurrentMemory
+from byheart.adapters.recurrent_reading import read_documents
 from byheart.data.tasks import Task, TaskSample, pad_questions
 from byheart.evaluation.peak_memory import peak_memory
 from byheart.evaluation.segments_result import SegmentsMeasurement, SegmentsResult
-from byheart.ops.segments import segment_bounds
 
 __all__ = ["SEGMENTS", "Precision", "SegmentsProgress", "count_right", "evaluate_by_segments"]
 
@@ -140,73 +137,27 @@ def count_right(
     Returns:
         Right answers.
     """
-    right = 0
-    device = memory_model.new_state(1).memory.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
-    with _evaluating(memory_model), autocast:
+    labels: dict[int, int] = {}
+
+    def documents() -> Iterator[TaskSample]:
         for start in range(0, len(indices), rows):
-            samples = [task.sample(i, num_segments) for i in indices[start : start + rows]]
-            logits = _answer(memory_model, samples, segments_per_call, on_tokens)
-            labels = torch.tensor([sample.label for sample in samples], device=logits.device)
-            right += int((logits.argmax(dim=-1) == labels).sum())
-    return right
+            batch = [task.sample(index, num_segments) for index in indices[start : start + rows]]
+            for place, sample in enumerate(pad_questions(batch), start):
+                labels[place] = sample.label
+                yield sample
 
-
-def _answer(
-    memory_model: RecurrentMemory,
-    samples: Sequence[TaskSample],
-    segments_per_call: int,
-    on_tokens: Callable[[int], None] | None,
-) -> Tensor:
-    """Read documents of equally many segments, piece by piece.
-
-    Returns:
-        Logits, one row per document.
-    """
-    samples, config = pad_questions(samples), memory_model.memory_config
-    bounds = [
-        segment_bounds(sample.num_tokens, config.segment_length, config.alignment)
-        for sample in samples
-    ]
-    # segments of `center` are not full, so that only one at a time keeps its borders
-    width = 1 if config.alignment == "center" else segments_per_call
-    state = memory_model.new_state(len(samples))
-    logits: Tensor | None = None
-    for first in range(0, len(bounds[0]), width):
-        pieces = [
-            sample.tokens(cuts[first][0], cuts[first : first + width][-1][1])
-            for sample, cuts in zip(samples, bounds, strict=True)
-        ]
-        input_ids, mask = _batch(pieces, state.memory.device)
-        output = memory_model(input_ids, attention_mask=mask, state=state)
-        state, logits = state.commit(output.new_entries), output.logits
-        if on_tokens is not None:
-            on_tokens(sum(map(len, pieces)))
-    assert logits is not None
-    return logits
-
-
-def _batch(pieces: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    lengths = [len(piece) for piece in pieces]
-    ids = np.zeros((len(pieces), max(lengths)), dtype=np.int64)
-    for row, piece in enumerate(pieces):
-        ids[row, : len(piece)] = piece
-    input_ids = torch.from_numpy(ids).to(device)
-    if len(set(lengths)) == 1:
-        return input_ids, None
-    columns = torch.arange(max(lengths), device=device)
-    return input_ids, (columns < torch.tensor(lengths, device=device)[:, None]).long()
-
-
-@contextmanager
-def _evaluating(memory_model: RecurrentMemory) -> Iterator[None]:
-    was_training = memory_model.training
-    memory_model.train(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        memory_model.train(was_training)
+    device = memory_model.memory.memory.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return sum(
+            int(read.logits.argmax()) == labels.pop(read.index)
+            for read in read_documents(
+                memory_model,
+                documents(),
+                rows=rows,
+                segments_per_call=segments_per_call,
+                on_tokens=on_tokens,
+            )
+        )
 
 
 def _check(

@@ -64,7 +64,9 @@ class DecoderReader:
         if request is not None:
             text = hidden[:, window.text_start : window.text_start + request.num_columns]
             output = TextOutput(
-                *self.decoder.predict(text, targets=request.targets, logits=request.logits)
+                *self.decoder.predict(
+                    request.of(text), targets=request.targets, logits=request.logits
+                )
             )
         return Encoded(hidden, output, self._after(window, new))
 

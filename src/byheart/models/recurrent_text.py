@@ -194,23 +194,58 @@ def new_memory(
 
 
 def new_columns(
-    text: RowText, step: Step
-) -> tuple[Bool[Tensor, "rows text"], Int[Tensor, "rows text"]]:
-    """Find the input columns of the tokens of a step.
+    text: RowText, step: Step, count: int
+) -> tuple[Bool[Tensor, "rows kept"], Int[Tensor, "rows kept"]]:
+    """Find the input columns of the last tokens of a step.
 
     Args:
         text: The text of the pass.
         step: The step.
+        count: How many places of each segment; a shorter segment has fewer.
 
     Returns:
-        Which places of the step hold a token that is new, and the input column of each; on the
-        CPU, because to ask a GPU is to wait for it.
+        Which places hold a token that is new, and the input column of each; on the CPU, because
+        to ask a GPU is to wait for it.
     """
     lengths = torch.tensor([stop - start for start, stop in step.spans])
     starts = torch.tensor([start for start, _ in step.spans])
     pending = torch.tensor([text.num_pending[row] for row in step.rows])
     first = torch.tensor([text.first_column[row] for row in step.rows])
-    places = torch.arange(max(stop - start for start, stop in step.spans))
+    places = _last_places(step, count)
     tokens = starts[:, None] + places
     is_new = (places < lengths[:, None]) & (tokens >= pending[:, None])
+    # a shorter segment says its first place more than once
+    is_new[:, 1:] &= places[:, 1:] > places[:, :-1]
     return is_new, tokens - pending[:, None] + first[:, None]
+
+
+def kept_columns(text: RowText, step: Step, first_kept: int) -> Int[Tensor, "rows kept"] | None:
+    """Name the places of a step that come into the kept columns of the input.
+
+    Args:
+        text: The text of the pass.
+        step: The step.
+        first_kept: First input column that is kept.
+
+    Returns:
+        The last places of each segment, as many as the segment with most kept columns has; on the
+        CPU. `None` if they are all.
+    """
+    count = 0
+    for row, (start, stop) in zip(step.rows, step.spans, strict=True):
+        first_token = first_kept + text.num_pending[row] - text.first_column[row]
+        count = max(count, stop - max(start, first_token))
+    width = max(stop - start for start, stop in step.spans)
+    return _last_places(step, count) if count < width else None
+
+
+def _last_places(step: Step, count: int) -> Int[Tensor, "rows kept"]:
+    """Count the last places of each segment; all from 0 if `count` is the longest's length.
+
+    Returns:
+        The places, where a segment with fewer begins with its first more than once.
+    """
+    lengths = torch.tensor([stop - start for start, stop in step.spans])
+    if count == int(lengths.max()):
+        return torch.arange(count).expand(len(lengths), -1)
+    return (lengths[:, None] - count + torch.arange(count)).clamp(min=0)

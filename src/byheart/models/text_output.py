@@ -17,6 +17,25 @@ class TextRequest:
     """The token after each; -100 where nothing is predicted. `None`: no losses are wanted."""
     logits: bool
     """Whether logits are wanted."""
+    columns: Int[Tensor, "rows kept"] | None = None
+    """The text columns of each row whose logits are wanted; `None` for all. Only without targets:
+    an output layer over a large vocabulary costs more than the segment."""
+
+    def of(
+        self, text: Float[Tensor, "rows text embed_dim"]
+    ) -> Float[Tensor, "rows kept embed_dim"]:
+        """Pick what the output layer must see.
+
+        Args:
+            text: Hidden states of the text columns.
+
+        Returns:
+            Those of the wanted columns.
+        """
+        if self.columns is None:
+            return text
+        columns = self.columns.to(text.device)[..., None]
+        return text.gather(1, columns.expand(-1, -1, text.shape[2]))
 
 
 class TextOutput(NamedTuple):
@@ -24,5 +43,5 @@ class TextOutput(NamedTuple):
 
     token_losses: Float[Tensor, "rows text"] | None
     """Negative log likelihood of each target, in nats; 0 where nothing is predicted."""
-    logits: Float[Tensor, "rows text vocab"] | None
-    """Scores of the next token."""
+    logits: Float[Tensor, "rows kept vocab"] | None
+    """Scores of the next token, for the wanted columns."""
