@@ -84,7 +84,7 @@ class AttachedMemory(nn.Module):
             assert local.logsumexp is not None
             biased = read.logsumexp + self.gate_bias[:, None]
             return merge_by_softmax([local.output, read.output], [local.logsumexp, biased])
-        gate_BHQ = self._gate(queries) * read.found.valid[:, :1, :1, 0]
+        gate_BHQ = self._gate(queries) * read.has_entries[:, None, None]
         mixed = merge_by_gate(local.output.float(), read.output.float(), gate_BHQ)
         return mixed.to(local.output.dtype)
 
@@ -111,8 +111,9 @@ class AttachedMemory(nn.Module):
             parts = side.view(rows, heads, copies, width, -1).transpose(1, 2)
             return parts.reshape(batch, heads, width, *side.shape[3:])
 
-        found = Neighbours(*(unfold(side) for side in read.found))
-        return MemoryRead(unfold(read.output), unfold(read.logsumexp), found)
+        found = read.found and Neighbours(*(unfold(side) for side in read.found))
+        has_entries = read.has_entries.repeat_interleave(copies)
+        return MemoryRead(unfold(read.output), unfold(read.logsumexp), has_entries, found)
 
     def _gate(
         self, queries: Float[Tensor, "batch heads query head_dim"]

@@ -12,6 +12,7 @@ from byheart.memory.age import AgeBias, find_by_weight
 from byheart.memory.coded_keys import CodedKeys, are_worth_it
 from byheart.memory.ring import RingCursor
 from byheart.memory.store import KeyValues, MemoryRead
+from byheart.ops.attention import Attended
 from byheart.ops.bucket_search import strided_bucket_top_k
 from byheart.ops.gather import gather_attend
 from byheart.ops.search import (
@@ -22,6 +23,7 @@ from byheart.ops.search import (
     top_k_inner_product,
 )
 from byheart.ops.search_codes import codes_top_k
+from byheart.ops.whole import attend_to_all
 
 
 class Lease:
@@ -201,13 +203,18 @@ class DenseStore:
         top_k: int,
         age_slope: float = 0.0,
     ) -> MemoryRead:
-        """Search, then attend to what was found.
+        """Search, then attend to what was found; a memory of `top_k` slots is read whole.
 
         The gradient reaches `queries` and `scale` only.
 
         Returns:
             Attention over the retrieved entries.
         """
+        has_entries = self.cursor.num_written > 0
+        if top_k == self.memory_size and self.num_buckets is None and not self.empty_as_zero:
+            attended = self._attend_to_all(queries, scale, age_slope)
+            assert attended.logsumexp is not None
+            return MemoryRead(attended.output, attended.logsumexp, has_entries, None)
 
         def search(queries: Tensor, bias: AgeBias | None) -> Neighbours:
             return self._search(queries, top_k, bias)
@@ -223,7 +230,7 @@ class DenseStore:
             empty_as_zero=self.empty_as_zero,
         )
         assert attended.logsumexp is not None
-        return MemoryRead(attended.output, attended.logsumexp, found)
+        return MemoryRead(attended.output, attended.logsumexp, has_entries, found)
 
     def entry_numbers(self) -> Int[Tensor, "batch entry"]:
         """Number the entry in each slot since the row's last reset.
@@ -324,6 +331,19 @@ class DenseStore:
         self.values[:, :, :num_used].copy_(state["values"])
         cursor = replace(self.cursor, num_written=num_written)
         return replace(self, cursor=cursor, _coded=CodedKeys(), _turn=turn)
+
+    def _attend_to_all(
+        self,
+        queries: Float[Tensor, "batch heads query head_dim"],
+        scale: Float[Tensor, " heads"],
+        age_slope: float,
+    ) -> Attended:
+        self.require_current()
+        check_shapes(queries, self.keys)
+        check_finite(queries)
+        valid = self.cursor.valid()
+        bias = AgeBias(self.cursor, age_slope).dense() if age_slope else None
+        return attend_to_all(queries, scale, self.keys, self.values, valid, bias=bias)
 
     @torch.no_grad()
     def _search(self, queries: Tensor, top_k: int, bias: AgeBias | None) -> Neighbours:

@@ -194,6 +194,7 @@ class FaissStore:
         return MemoryRead(
             attended.output.to(device),
             attended.logsumexp.to(device),
+            (cursor.num_written > 0).to(device),
             Neighbours(*(side.to(device) for side in found)),
         )
 

@@ -26,9 +26,11 @@ class MemoryRead(NamedTuple):
     """Weighted values; zero where the row holds no entry."""
     logsumexp: Float[Tensor, "batch heads query"]
     """Log of the softmax denominator, natural log, float32."""
-    found: Neighbours
+    has_entries: Bool[Tensor, " batch"]
+    """Rows that hold an entry."""
+    found: Neighbours | None
     """What was retrieved, largest weight first: unscaled inner products, slots, and which of them
-    hold an entry."""
+    hold an entry. `None` if every entry was read, without a search."""
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from byheart.memory.config import KnnMemoryConfig
-from byheart.memory.store import MemoryRead, MemoryStore
+from byheart.memory.store import MemoryStore
 from byheart.models.config import DecoderConfig
 from byheart.ops.attention import Attended
 from byheart.ops.merge import merge_by_gate, merge_by_softmax
@@ -71,7 +71,7 @@ class MemoryMix(nn.Module):
             return merge_by_softmax([local.output, read.output], [local.logsumexp, read.logsumexp])
         gate_BHQ = self._gate(hidden)
         if not self.gate_when_empty:
-            gate_BHQ = gate_BHQ * _has_entries(read)
+            gate_BHQ = gate_BHQ * read.has_entries[:, None, None].float()
         return merge_by_gate(local.output, read.output, gate_BHQ)
 
     def gate(self) -> Float[Tensor, " heads"] | None:
@@ -94,7 +94,3 @@ class MemoryMix(nn.Module):
         if not parameters or not torch.is_grad_enabled():
             return 0.0
         return 0.0 * torch.cat([parameter.flatten() for parameter in parameters]).sum()
-
-
-def _has_entries(read: MemoryRead) -> Float[Tensor, "batch 1 1"]:
-    return read.found.valid[:, :1, :1, 0].float()

@@ -150,7 +150,12 @@ class StoreMachine(RuleBasedStateMachine):
         scale = (2 + self.draw(heads)).requires_grad_()
         top_k = min(top_k, self.memory_size)
         read = store.attend(self.on(queries), self.on(scale), top_k, age_slope)
-        entries = self.entries_found(self.now, read.found)
+        has_entries = [bool(row.pairs) for row in rows]
+        assert read.has_entries.tolist() == has_entries, f"has_entries must be {has_entries}."
+        if read.found is not None:
+            entries = self.entries_found(self.now, read.found)
+        else:
+            entries = _every_entry(rows, heads, top_k)
         logits = [_logits(queries[b], scale, row, age_slope) for b, row in enumerate(rows)]
         self.check_recall(logits, entries, top_k, "Clause 8: attend must read what weighs most")
         outputs, logsumexps = _attend_to_pairs(queries, scale, rows, entries, age_slope)
@@ -330,6 +335,17 @@ _METHODS = (
     "append", "attend", "entry_numbers", "fork", "gather", "load_state_dict", "memory_size",
     "num_written", "reset", "search", "select_rows", "state_dict", "to",
 )  # fmt: skip
+
+
+def _every_entry(rows: tuple[Row, ...], heads: int, top_k: int) -> Tensor:
+    """Name all pairs of each row, as `entries_found` does for those that a search has found.
+
+    Returns:
+        Positions in the list of pairs, -1 behind the last: `[batch, heads, query, k]`.
+    """
+    places = torch.arange(top_k)
+    held = [torch.where(places < len(row.pairs), places, -1) for row in rows]
+    return torch.stack(held)[:, None, None].expand(-1, heads, _NUM_QUERIES, -1)
 
 
 def _scores(queries_HQD: Tensor, row: Row) -> Tensor:
