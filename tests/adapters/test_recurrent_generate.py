@@ -1,5 +1,7 @@
 """Generation crosses segment boundaries and equals recomputation."""
 
+import inspect
+
 import pytest
 import torch
 from transformers import (
@@ -15,6 +17,7 @@ from transformers import (
 )
 
 from byheart.adapters.recurrent import RecurrentMemory
+from byheart.adapters.recurrent_generate import generate
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 
 VOCAB, WIDTH = 37, 24
@@ -129,6 +132,35 @@ def test_row_that_ends_is_filled_and_stands_still(decoder):
     assert state.position.tolist() == [5 + stop for stop in stops]
 
 
+def test_a_row_that_has_ended_does_not_carry_others_past_their_window():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=WIDTH, n_layer=1, n_head=2, n_positions=7 + 2 * 3,
+        bos_token_id=None, eos_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    decoder = wrap(GPT2LMHeadModel(config))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        ids = torch.randint(0, VOCAB, (2, 6))
+        free, _ = decoder.generate(ids, max_new_tokens=20, do_sample=False)
+        end = int(free[0, 0])  # the first row ends at once, in a segment that is nearly full
+        options = {"do_sample": False, "eos_token_id": end, "pad_token_id": VOCAB - 1}
+        both, state = decoder.generate(ids, max_new_tokens=20, **options)
+        for row in range(2):
+            alone, after = decoder.generate(ids[row : row + 1], max_new_tokens=20, **options)
+            assert torch.equal(both[row, : alone.shape[1]], alone[0])
+            assert state.position[row] == after.position[0]
+
+
+def test_tokens_that_a_models_own_config_forces_do_not_end_segments(decoder):
+    ids = torch.randint(0, VOCAB, (2, 5))
+    free, _ = decoder.generate(ids, max_new_tokens=15, do_sample=False)
+    decoder.model.generation_config.forced_eos_token_id = 3
+    decoder.model.generation_config.return_dict_in_generate = True
+    new, _ = decoder.generate(ids, max_new_tokens=15, do_sample=False)
+    assert torch.equal(new, free)
+
+
 def test_sampling_follows_the_seed(decoder):
     ids = torch.randint(0, VOCAB, (2, 5))
     torch.manual_seed(3)
@@ -182,6 +214,9 @@ def test_encode_needs_an_encoder(decoder):
         ({"repetition_penalty": 1.2}, r"repetition_penalty .* got 1.2; use repetition_penalty=1.0"),
         ({"no_repeat_ngram_size": 1}, "no_repeat_ngram_size cannot be honoured"),
         ({"stopping_criteria": [max]}, "stopping_criteria cannot be honoured"),
+        ({"forced_eos_token_id": 3}, "forced_eos_token_id must be None for a decoder with recur"),
+        ({"begin_suppress_tokens": [3]}, r"begin_suppress_tokens must be None .* got \[3\]"),
+        ({"exponential_decay_length_penalty": (1, 2.0)}, "exponential_decay_length_penalty cannot"),
         (
             {"generation_config": GenerationConfig(eos_token_id=3)},
             "give its options by their names",
@@ -207,6 +242,12 @@ def test_what_the_models_own_options_ask_for_is_refused_too(decoder):
 
     new, _ = decoder.generate(ids, max_new_tokens=9, repetition_penalty=1.0)
     assert torch.equal(new, by_recomputation(decoder, ids, 9))
+
+
+def test_a_text_that_is_no_batch_is_refused(decoder):
+    with pytest.raises(ValueError, match=r"Give a single text as input_ids\[None\]"):
+        # without the type checks of the tests
+        inspect.unwrap(generate)(decoder, torch.ones(3, dtype=torch.long), max_new_tokens=2)
 
 
 def test_other_alignment_is_refused():

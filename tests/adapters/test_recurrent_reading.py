@@ -125,11 +125,33 @@ def test_plain_lists_and_tensors_are_documents_and_modes_stay(reader):
     assert list(reader.read_documents([])) == []
 
 
+def test_scores_of_a_document_are_its_own(reader):
+    read = next(reader.read_documents(documents_of((3, 9, 9)), rows=3))
+    assert read.logits.untyped_storage().nbytes() == read.logits.nbytes
+
+
+def test_documents_that_are_not_what_they_say_are_refused(reader):
+    class Short:
+        num_tokens = 30
+
+        def tokens(self, start, stop):
+            return np.full(min(stop, 25) - start, 5)
+
+    with pytest.raises(
+        ValueError, match="Document 1 must give its tokens 21 to 28, as it has num_"
+    ):
+        list(reader.read_documents([[3], Short()], segments_per_call=1))
+    for wrong in ([0.7, 1.9], torch.ones(1, 4).long(), "text"):
+        with pytest.raises(ValueError, match="Document 0 must be token ids in a row, got"):
+            # a generator: the type checks of the tests do not see what it yields
+            list(read_documents(reader, (document for document in [wrong])))
+
+
 def test_what_cannot_be_read_is_refused(reader, tiny_model):
     with pytest.raises(ValueError, match="at least one token, number 1 has none"):
         list(reader.read_documents([[3], []]))
     with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
-        list(reader.read_documents([[3]], rows=0))
+        reader.read_documents([[3]], rows=0)  # at once, not when the first is taken
     with pytest.raises(ValueError, match="segments_per_call must be at least 1, got -1"):
         list(reader.read_documents([[3]], segments_per_call=-1))
     config = RecurrentMemoryConfig(segment_length=7, num_memory_tokens=2)

@@ -109,11 +109,13 @@ def test_labels_and_marks_stand_where_the_tokens_are(task, model):
 
 
 def test_looking_changes_nothing(task, model):
-    model.train()
+    # as of a model from a checkpoint that was just wrapped, with a layer of its own mode
+    model.train(), model.model.eval(), model.model.classifier.train()
+    modes = [part.training for part in model.modules()]
     before = model.model.config._attn_implementation
     state = torch.get_rng_state()
     memory_attention(model, task.sample(0, 2))
-    assert model.training
+    assert [part.training for part in model.modules()] == modes
     assert model.model.config._attn_implementation == before != "eager"
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from byheart.config import load_config
 from byheart.data.tasks import collate
 from byheart.data.tasks.facts import is_direct, is_hard, people_sentences
-from byheart.errors import CheckpointError
+from byheart.errors import CheckpointError, DataError
 from byheart.evaluation.segments import evaluate_by_segments
 from byheart.memory.files import load_directory
 from byheart.models.fingerprint import model_fingerprint
@@ -187,9 +187,22 @@ def test_a_lesson_that_is_not_learned_or_cannot_be_is_said(tmp_path):
     run = task_run(
         task={"name": "reason", "facts": str(facts)}, window=43, curriculum={"lessons": True}
     )
-    with pytest.raises(ValueError, match="A lesson needs stories of 'reason' whose facts"):
+    with pytest.raises(ValueError, match="the train stories of name='reason' have none here"):
         train_task(run, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_what_cannot_be_evaluated_is_refused_before_a_run_is_overwritten(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    missing = {
+        "background": str(tmp_path / "train.txt"),
+        "validation_background": str(tmp_path / "none.txt"),
+    }
+    (tmp_path / "train.txt").write_text("The boat waited near a bridge. Nobody came. " * 20)
+    with pytest.raises(DataError, match=r"none\.txt"):
+        train_task(task_run(task=missing), out, overwrite=True)
+    assert weights_of(out) == weights_of(whole)
 
 
 def test_a_finished_run_resumed_only_evaluates_again(whole, tmp_path):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.adapters.window_models import HuggingFaceReader
+from byheart.models.eval_mode import eval_mode
 from byheart.models.recurrent import Encoded, Segment
 from byheart.models.segmentation import plan_steps
 from byheart.models.window import Window
@@ -82,12 +83,11 @@ class _AttentionReader(HuggingFaceReader):
 @contextmanager
 def _plain_attention(memory_model: RecurrentMemory) -> Iterator[None]:
     # the fast implementations do not give their weights away
-    model, was_training = memory_model.model, memory_model.training
+    model = memory_model.model
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    memory_model.eval()
     try:
-        yield
+        with eval_mode(memory_model):
+            yield
     finally:
-        memory_model.train(was_training)
         model.set_attn_implementation(before)

@@ -26,7 +26,12 @@ from byheart.models.fingerprint import model_fingerprint
 from byheart.models.recurrent import RecurrentCore, Segment
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.models.recurrent_decoder import DecoderReader, inner_layout
-from byheart.models.recurrent_text import RowText, gather_text, new_memory
+from byheart.models.recurrent_text import (
+    RowText,
+    gather_text,
+    new_memory,
+    require_token_ids,
+)
 from byheart.models.segmentation import Step, plan_steps
 
 if TYPE_CHECKING:
@@ -306,13 +311,7 @@ class RecurrentMemory(nn.Module):
         make: Callable[[RowText], Head],
         num_items: Tensor | int | None,
     ) -> tuple[dict[str, Tensor], NewMemory]:
-        if input_ids.ndim != 2 or input_ids.dtype.is_floating_point:
-            msg = (
-                f"input_ids must be whole numbers of the shape [batch, tokens], got "
-                f"{list(input_ids.shape)} of {input_ids.dtype}. Give a single text as "
-                "input_ids[None]."
-            )
-            raise ValueError(msg)
+        require_token_ids(input_ids)
         if state is None:
             state = self.new_state(len(input_ids))
         self.layout.require_same(state.layout, "The memory state")

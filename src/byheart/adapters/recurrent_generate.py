@@ -11,7 +11,7 @@ from byheart.adapters.recurrent import RecurrentMemory
 from byheart.memory.recurrent import RecurrentState
 from byheart.models.decoder import Decoder
 from byheart.models.generate import SamplingConfig, choose
-from byheart.models.recurrent_text import text_extents
+from byheart.models.recurrent_text import require_token_ids, text_extents
 
 # options of `generate` whose effect would stop at the end of a segment, and the values without one
 _WHOLE_TEXT = {
@@ -26,7 +26,13 @@ _WHOLE_TEXT = {
     "max_length": None,
     "stopping_criteria": None,
     "streamer": None,
+    "exponential_decay_length_penalty": None,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
 }
+# options about the first or last new token, which every segment would take for its own. Those of
+# the model's own config are left out, because it would force an end into every segment
+_AT_ENDS = ("forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens")
 _OF_DECODERS = {"sampling", "generator", "eos_token_id", "pad_token_id"}
 
 
@@ -55,7 +61,8 @@ def generate(
         max_new_tokens: Most tokens to generate per row.
         options: Options of Hugging Face's `generate`, such as `do_sample`, `temperature`,
             `eos_token_id`. What looks at the whole continuation, such as beams, penalties on
-            repetition and stopping criteria, is for encoder-decoders alone.
+            repetition, forced tokens and stopping criteria, is for encoder-decoders alone; forced
+            tokens of the model's own `generation_config` are left out.
             For a `Decoder`: `sampling` (a `SamplingConfig`; without it the most likely token is
             taken), `generator`, `eos_token_id` (one or several) and `pad_token_id`.
 
@@ -69,6 +76,7 @@ def generate(
     if max_new_tokens < 1:
         msg = f"max_new_tokens must be at least 1, got {max_new_tokens}."
         raise ValueError(msg)
+    require_token_ids(input_ids)
     if state is None:
         state = memory_model.new_state(len(input_ids))
     if memory_model.kind == "encoder":
@@ -96,7 +104,7 @@ def _check_options(memory_model: RecurrentMemory, options: dict[str, Any]) -> No
     if options.get("generation_config") is not None:
         msg = "generation_config cannot be passed to a decoder: give its options by their names."
         raise ValueError(msg)
-    # what is None may be the model's own; its max_length gives way to max_new_tokens
+    # what is not given may be the model's own; its max_length gives way to max_new_tokens
     defaults = getattr(memory_model.model, "generation_config", None)
     for name, neutral in _WHOLE_TEXT.items():
         own = None if name == "max_length" else getattr(defaults, name, None)
@@ -106,6 +114,13 @@ def _check_options(memory_model: RecurrentMemory, options: dict[str, Any]) -> No
                 f"{name} cannot be honoured across segments by a decoder with recurrent memory, "
                 f"got {value}; use {name}={neutral}. For several continuations repeat the rows of "
                 "input_ids, or of the state with select_rows."
+            )
+            raise ValueError(msg)
+    for name in _AT_ENDS:
+        if options.get(name) is not None:
+            msg = (
+                f"{name} must be None for a decoder with recurrent memory, got {options[name]}: "
+                "every segment would begin or end with it. Leave it out."
             )
             raise ValueError(msg)
     if memory_model.memory_config.alignment != "left":
@@ -132,8 +147,13 @@ def _continue(
     while left and bool(unfinished.any()):
         # the last token of a full segment is asked for the first of the next one, as in training
         room = int((length - state.num_pending)[unfinished].min())
-        new = _within_segment(memory_model, state, last, min(left, room), options)
-        new = torch.where(unfinished[:, None], new, options["pad_token_id"])
+        # rows that have ended would be carried on, past the window if theirs is nearly full
+        rows = unfinished.nonzero()[:, 0]
+        made = _within_segment(
+            memory_model, state.select_rows(rows), last[rows], min(left, room), options
+        )
+        new = made.new_full((len(last), made.shape[1]), options["pad_token_id"])
+        new = new.index_copy(0, rows, made)
         keep = _until_end(new, ends, unfinished)
         # all but the newest token of each row has been read; rows that have ended stand still
         reading = torch.cat([last[:, None], new[:, :-1]], dim=1)
@@ -262,7 +282,7 @@ def _within_segment(
         inputs_embeds=inputs,
         attention_mask=(places >= 0).long(),
         max_new_tokens=max_new_tokens,
-        **options,
+        **{**options, **dict.fromkeys(_AT_ENDS), "return_dict_in_generate": False},
     )
     assert isinstance(new, Tensor)
     return new
@@ -291,7 +311,7 @@ def _answer(
     answers = memory_model.model.generate(
         encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
         attention_mask=mask.long(),
-        **options,
+        **{**options, "return_dict_in_generate": False},
     )
     assert isinstance(answers, Tensor)
     # without the token that every answer starts with

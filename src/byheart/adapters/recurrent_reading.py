@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -74,12 +74,13 @@ def read_documents(
             kNN memory, and where `alignment` is `center`.
         on_tokens: Called after every call with the number of tokens it has read.
 
-    Yields:
+    Returns:
         Each document when its end has been read, so short ones may come before earlier long ones.
 
     Raises:
-        ValueError: If a number is below 1, a document is empty, or the model is an
-            encoder-decoder.
+        ValueError: If a number is below 1, the model is an encoder-decoder, or, when its turn
+            comes, a document is empty, not whole numbers in a row, or gives fewer tokens than it
+            has said.
     """
     for name, value in (("rows", rows), ("segments_per_call", segments_per_call)):
         if value < 1:
@@ -92,6 +93,16 @@ def read_documents(
         )
         raise ValueError(msg)
     width = 1 if _one_at_a_time(memory_model) else segments_per_call
+    return _documents(memory_model, documents, rows, width, on_tokens)
+
+
+def _documents(
+    memory_model: RecurrentMemory,
+    documents: Iterable[DocumentTokens],
+    rows: int,
+    width: int,
+    on_tokens: Callable[[int], None] | None,
+) -> Iterator[DocumentRead]:
     waiting = (_Row.begin(memory_model, *item) for item in enumerate(documents))
     active = list(islice(waiting, rows))
     state = memory_model.new_state(len(active)) if active else None
@@ -109,7 +120,8 @@ def read_documents(
                 yield DocumentRead(
                     index=row.index,
                     num_tokens=row.document.num_tokens,
-                    logits=logits[place],
+                    # a view would keep those of all rows
+                    logits=logits[place].clone(),
                     state=state.select_rows(torch.tensor([place], device=logits.device)),
                 )
         active, state = _refill(active, waiting, state)
@@ -133,9 +145,9 @@ class _Row:
         self._next = 0
 
     @classmethod
-    def begin(cls, memory_model: RecurrentMemory, index: int, document: DocumentTokens) -> "_Row":
+    def begin(cls, memory_model: RecurrentMemory, index: int, document: Any) -> "_Row":
         config = memory_model.memory_config
-        whole = document if isinstance(document, Document) else _Tokens(document)
+        whole = document if isinstance(document, Document) else _Tokens(document, index)
         bounds = segment_bounds(whole.num_tokens, config.segment_length, config.alignment)
         if not bounds:
             msg = f"Every document must have at least one token, number {index} has none."
@@ -151,24 +163,46 @@ class _Row:
         return len(self._bounds) - self._next
 
     def take(self, count: int) -> Int[np.ndarray, " _piece"]:
-        """Return the tokens of the next `count` segments."""
+        """Take the next `count` segments.
+
+        Returns:
+            Their tokens.
+
+        Raises:
+            ValueError: If the document gives fewer tokens than it has said.
+        """
         cuts = self._bounds[self._next : self._next + count]
         self._next += count
-        return self.document.tokens(cuts[0][0], cuts[-1][1])
+        start, stop = cuts[0][0], cuts[-1][1]
+        piece = self.document.tokens(start, stop)
+        if len(piece) != stop - start:
+            msg = (
+                f"Document {self.index} must give its tokens {start} to {stop}, as it has "
+                f"num_tokens {self.document.num_tokens}, got {len(piece)} of them."
+            )
+            raise ValueError(msg)
+        return piece
 
 
 class _Tokens:
     """A document of which all tokens are at hand."""
 
-    def __init__(self, tokens: Sequence[int] | Int[np.ndarray, " _tokens"] | Tensor) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Any, index: int) -> None:
+        found = tokens.cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
+        if found.ndim != 1 or (len(found) and not np.issubdtype(found.dtype, np.integer)):
+            msg = (
+                f"Document {index} must be token ids in a row, got {found.dtype} of the shape "
+                f"{list(found.shape)}. Give tensors of a tokenizer as input_ids[0]."
+            )
+            raise ValueError(msg)
+        self._tokens = found
 
     @property
     def num_tokens(self) -> int:
         return len(self._tokens)
 
     def tokens(self, start: int, stop: int) -> Int[np.ndarray, " _piece"]:
-        return np.asarray(self._tokens[start:stop])
+        return self._tokens[start:stop]
 
 
 def _refill(

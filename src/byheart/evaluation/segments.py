@@ -30,7 +30,7 @@ class SegmentsProgress:
     num_tokens: int
     """Tokens read, of all lengths."""
     total_tokens: int
-    """Tokens that will be read."""
+    """Tokens that will be read; the report's documents have up to a question fewer each."""
 
 
 def evaluate_by_segments(
@@ -71,7 +71,7 @@ def evaluate_by_segments(
     total, done = sum(segments) * samples * length, 0
     measurements = []
     for num_segments in segments:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), done
 
         def moved(num_tokens: int, num_segments: int = num_segments) -> None:
             nonlocal done
@@ -97,7 +97,7 @@ def evaluate_by_segments(
                 num_segments=num_segments,
                 num_samples=samples,
                 num_right=right,
-                num_tokens=num_segments * samples * length,
+                num_tokens=done - before,
                 seconds=time.perf_counter() - started,
                 peak_memory_bytes=peak.num_bytes,
             )

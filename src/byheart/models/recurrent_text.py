@@ -71,6 +71,21 @@ class RowText:
         )
 
 
+def require_token_ids(input_ids: Tensor) -> None:
+    """Refuse what is no batch of token ids.
+
+    Raises:
+        ValueError: If the shape is not `[batch, tokens]`, or the numbers are not whole.
+    """
+    if input_ids.ndim != 2 or input_ids.dtype.is_floating_point:
+        msg = (
+            f"input_ids must be whole numbers of the shape [batch, tokens], got "
+            f"{list(input_ids.shape)} of {input_ids.dtype}. Give a single text as "
+            "input_ids[None]."
+        )
+        raise ValueError(msg)
+
+
 def gather_text(
     input_ids: Int[Tensor, "batch tokens"], attention_mask: Tensor | None, state: RecurrentState
 ) -> RowText:

@@ -163,13 +163,17 @@ def train_task(
             checkpoint.require_same(identity)
             _check_lengths(run, out)
             _check_stages(run, out, checkpoint)
-        train = make_task(run, tokenizer.tokenizer, is_training=True, seed=run.training.seed)
+        train, validation = (
+            make_task(run, tokenizer.tokenizer, is_training=is_training, seed=run.training.seed)
+            for is_training in (True, False)
+        )
         _check_shortest(run, train)
         if run.curriculum.lessons:
-            train.lesson()  # refused now rather than later
+            # refused now, while what the directory holds is still there
+            train.lesson(), validation.lesson()
         if is_main:
             _begin_directory(out, run, tokenizer, checkpoint)
-    trainer = _train(run, tokenizer, train, arguments, identity, checkpoint, on_event)
+    trainer = _train(run, tokenizer, (train, validation), arguments, identity, checkpoint, on_event)
     if is_main:
         with explained_write_errors(out / MODEL):
             save_recurrent(trainer.best_model, out / MODEL, with_model=True)
@@ -184,12 +188,13 @@ def train_task(
 def _train(
     run: TaskRunConfig,
     tokenizer: TaskTokenizer,
-    train: Task,
+    tasks: tuple[Task, Task],
     arguments: TrainingArguments,
     identity: dict[str, Any],
     checkpoint: Checkpoint | None,
     on_event: Callable[[TrainEvent], None] | None,
 ) -> TaskTrainer:
+    train, validation = tasks
     memory_model = make_memory_model(run, tokenizer, train.num_labels)
     if run.training.precision == "bfloat16" and arguments.device.type == "cpu":
         # the backward pass of torch's fused attention takes 7 times as long there as in float32
@@ -197,7 +202,7 @@ def _train(
     trainer = TaskTrainer(
         memory_model,
         train,
-        make_task(run, tokenizer.tokenizer, is_training=False, seed=run.training.seed),
+        validation,
         run,
         arguments,
         identity=identity,

@@ -33,7 +33,7 @@ class TaskConfig:
     ("went to the kitchen"); not in the report's form."""
     num_questions: int = 1
     """Questions about the same facts in the same background, in documents that follow each other;
-    `reason` only. More questions than the facts allow are not asked twice."""
+    `reason` only. Never more than the facts with most questions allow."""
     any_length: bool = False
     """Whether documents end anywhere in their last segment, which holds the whole question, instead
     of filling it; not in the report's form."""

@@ -130,7 +130,8 @@ class Task:
         if not lesson._stories:
             msg = (
                 "A lesson needs stories of 'reason' whose facts and question end with the same "
-                f"room, name='{self.config.name}' has none here. Go without."
+                f"room, the {self.split} stories of name='{self.config.name}' have none here. "
+                "Go without."
             )
             raise ValueError(msg)
         return lesson
