@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from byheart.ops import reference_search, search_cpu
+from byheart.ops import reference_search, search, search_cpu
 from byheart.ops.search import Neighbours, check_shapes, check_top_k, recall, top_k_inner_product
 from byheart.ops.search_cpu import num_buckets, scan_top_k
 from byheart.ops.search_select import (
@@ -194,6 +194,34 @@ def test_any_sizes_and_any_block_size_equal_the_full_product(
         asked, keys, valid, top_k, bias=bias, max_bytes=max_bytes, scan_dtype=scan_dtype
     )
     assert_same(found, full_product(asked, keys, valid, top_k, bias), asked, keys, bias)
+
+
+@pytest.mark.parametrize("kind", ["everywhere", "in one slab", "duplicates", "biased"])
+def test_many_keys_are_searched_a_slab_at_a_time(monkeypatch, kind):
+    entries, slabs = 3001, []
+    queries, keys, valid = make_inputs(entries)
+    valid[1, 2000:] = False
+    bias = None
+    if kind == "in one slab":
+        keys[:, :, 1700:1800] *= 5
+    elif kind == "duplicates":
+        keys = keys[:, :, :8].repeat(1, 1, entries // 8 + 1, 1)[:, :, :entries]
+    elif kind == "biased":
+        bias = torch.linspace(-3, 3, entries).expand(BATCH, -1)
+    scan = search.scan_top_k
+
+    def counted(queries_QD, keys_ND, *arguments):
+        slabs.append(len(keys_ND))
+        return scan(queries_QD, keys_ND, *arguments)
+
+    monkeypatch.setattr(search, "scan_top_k", counted)
+    found = top_k_inner_product(
+        queries, keys, valid, TOP_K, bias=bias, max_bytes=1, scan_dtype=torch.bfloat16
+    )
+    assert_same(found, full_product(queries, keys, valid, TOP_K, bias), queries, keys, bias)
+    assert (found.scores.diff(dim=-1) <= 0).all()
+    assert len(slabs) > 2 * BATCH * KV_HEADS
+    assert min(slabs) >= GROUP * num_buckets(TOP_K)
 
 
 @pytest.mark.parametrize("max_bytes", [None, 2**12])

@@ -19,12 +19,17 @@ from byheart.ops.search_select import (
     buffers_on,
     default_max_bytes,
     product_top_k,
+    sort_packed,
+    unpack,
 )
 
 # below these sizes the float32 product is as fast as the bfloat16 scan, whose cost per key (the
 # rounding) and per call of a PyTorch operation does not shrink with the queries
 _SCAN_MIN_ENTRIES = 8192
 _SCAN_MIN_QUERIES = 128
+# a block of queries reads the bfloat16 keys of a slab; with fewer at once that takes longer than
+# the product
+_SCAN_BLOCK_QUERIES = 64
 
 
 class Neighbours(NamedTuple):
@@ -187,6 +192,44 @@ def _search_head(
     return scores_QK, slots_QK
 
 
+def _search_slabs(
+    queries_QD: Tensor,
+    keys_ND: Tensor,
+    bias_N: Tensor | None,
+    top_k: int,
+    max_bytes: int,
+    scan_dtype: torch.dtype | None,
+    buffers: Buffers,
+) -> tuple[Tensor, Tensor]:
+    """Search many keys a slab at a time, and merge.
+
+    Returns:
+        Scores and slots of one head.
+    """
+    num_queries, num_entries = queries_QD.shape[0], keys_ND.shape[0]
+    limits = (top_k, max_bytes, scan_dtype, buffers)
+    fitting = max_bytes // (2 * min(max(1, num_queries), _SCAN_BLOCK_QUERIES))
+    num_slabs = num_entries // max(fitting, GROUP * num_buckets(top_k))
+    if num_slabs < 2 or not _uses_scan(num_queries, num_entries, top_k, scan_dtype):
+        return _search_head(queries_QD, keys_ND, bias_N, *limits)  # cuts a product by itself
+    slab = -(-num_entries // num_slabs)
+    best: tuple[Tensor, Tensor] | None = None
+    for start in range(0, num_entries, slab):
+        part = slice(start, start + slab)
+        bias = None if bias_N is None else bias_N[part]
+        scores_QK, slots_QK = _search_head(queries_QD, keys_ND[part], bias, *limits)
+        slots_QK = slots_QK + start
+        if best is not None:
+            scores_QK = torch.cat([best[0], scores_QK], dim=1)
+            slots_QK = torch.cat([best[1], slots_QK], dim=1)
+            scores_QK, slots_QK = unpack(
+                sort_packed(scores_QK, slots_QK, top_k, buffers, in_order=True)
+            )
+        best = scores_QK, slots_QK
+    assert best is not None
+    return best
+
+
 def _search_rows(
     queries_BGQD: Tensor,
     keys_BGND: Tensor,
@@ -217,7 +260,7 @@ def _search_rows(
         for group, keys_ND in enumerate(keys_GND):
             candidates = keys_ND.index_select(0, present) if has_gaps else keys_ND[:num_present]
             queries_QD = queries_BGQD[row, group]
-            found = _search_head(queries_QD, candidates, bias_N, kept, *limits, buffers)
+            found = _search_slabs(queries_QD, candidates, bias_N, kept, *limits, buffers)
             scores[row, group, :, :kept] = found[0]
             slots[row, group, :, :kept] = present[found[1]] if has_gaps else found[1]
     return Neighbours(scores, slots, is_valid)
