@@ -27,6 +27,7 @@ from byheart.adapters.tied import keep_tied_weights_once
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.state import MemoryState, NewEntries
 from byheart.models.decoder import require_inside_segment
+from byheart.models.fingerprint import weight_sums
 from byheart.models.segment_model import SegmentModel, layer_metrics
 from byheart.ops.losses import IGNORED
 
@@ -89,7 +90,9 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         except BaseException:
             self.detach()
             raise
-        self._versions = base_versions(self)
+        self._sums = weight_sums(model, is_added)
+        # set where memory is loaded: the model's weights may be nowhere else
+        self.was_saved_along = False
         keep_tied_weights_once(self)
 
     def _add_memories(self, model: PreTrainedModel, config: AttachConfig) -> None:
@@ -159,8 +162,8 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
 
     @property
     def has_learned(self) -> bool:
-        """Whether the model's own weights were written since memory was put on it."""
-        return base_versions(self) != self._versions
+        """Whether the model's own weights are others than when memory was put on it."""
+        return weight_sums(self.model, is_added) != self._sums
 
     def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
         """Trade time for memory in training, as the model itself does it; for the Trainer."""
@@ -192,8 +195,8 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
 
         Args:
             save_directory: Where to. It is replaced only when the new one is complete.
-            with_model: Write the model, too; `None`: if its own weights have changed since memory
-                was put on it.
+            with_model: Write the model, too; `None`: if its own weights are nowhere else, see
+                `save_attached`.
         """
         from byheart.adapters.memory_saving import save_attached
 
@@ -316,20 +319,16 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         )
 
 
-def base_versions(memory_model: MemoryModel) -> dict[str, int]:
-    """Return how often each weight of the model below was written: it tells whether it has learned.
+def is_added(name: str) -> bool:
+    """Say whether a weight was added to the model below.
 
     Args:
-        memory_model: The model with memory.
+        name: Its name.
 
     Returns:
-        Counts by name, without the weights that were added.
+        Whether it belongs to the memory.
     """
-    return {
-        name: weight._version
-        for name, weight in memory_model.model.named_parameters()
-        if MEMORY not in name.split(".")
-    }
+    return MEMORY in name.split(".")
 
 
 def _layout(config: AttachConfig, layers: AttentionLayers) -> MemoryLayout:

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.attached_memory import AttachedMemory
 from byheart.adapters.loading import load_saved_along, load_transformer
-from byheart.adapters.memory_model import MemoryModel
-from byheart.adapters.memory_view import MEMORY
+from byheart.adapters.memory_model import MemoryModel, is_added
 from byheart.config import load_config, save_config
 from byheart.errors import CheckpointError
 from byheart.memory.files import complete_directory, read_manifest, recover, require_format
@@ -43,11 +42,16 @@ def save_attached(
         memory_model: What to save.
         directory: Where to.
         with_model: Write the model inside, too, without what was added, as Hugging Face's
-            checkpoints; `None`: if its own weights have changed since memory was put on it.
+            checkpoints; `None`: if its own weights have changed since memory was put on it, if it
+            was saved along before, or if the directory holds a model.
         tokenizer_fingerprint: Identifies the tokenizer that made the model's tokens;
             `load_attached` refuses another one.
     """
-    with_model = memory_model.has_learned if with_model is None else with_model
+    directory = Path(directory)
+    if with_model is None:
+        # weights that were saved along may be in no other place
+        holds_model = (directory / _MODEL).is_dir()
+        with_model = holds_model or memory_model.was_saved_along or memory_model.has_learned
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -55,15 +59,13 @@ def save_attached(
         "model_fingerprint": base_fingerprint(memory_model),
         "tokenizer_fingerprint": tokenizer_fingerprint,
     }
-    with complete_directory(Path(directory), content) as partial:
+    with complete_directory(directory, content) as partial:
         save_config(memory_model.memory_config, partial / _CONFIG)
         save_file(_added_weights(memory_model), partial / _WEIGHTS)
         if with_model:
             model = memory_model.model
             weights = {
-                name: tensor
-                for name, tensor in model.state_dict().items()
-                if MEMORY not in name.split(".")
+                name: tensor for name, tensor in model.state_dict().items() if not is_added(name)
             }
             model.save_pretrained(partial / _MODEL, state_dict=weights)
 
@@ -117,6 +119,7 @@ def load_attached(
         memory_model.detach()
         msg = f"{directory / _WEIGHTS} does not fit its config: {error}"
         raise CheckpointError(msg) from error
+    memory_model.was_saved_along = (directory / _MODEL).is_dir()
     return memory_model.eval()
 
 
@@ -140,7 +143,7 @@ def base_fingerprint(memory_model: MemoryModel) -> str:
     Returns:
         SHA-256, hexadecimal.
     """
-    return model_fingerprint(memory_model.model, leave_out=lambda name: MEMORY in name.split("."))
+    return model_fingerprint(memory_model.model, leave_out=is_added)
 
 
 def _added_weights(memory_model: MemoryModel) -> dict[str, Tensor]:
