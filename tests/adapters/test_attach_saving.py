@@ -181,3 +181,12 @@ def test_weights_that_were_written_as_they_are_have_learned_nothing(tiny_model):
     memory_model = opened(tiny_model("llama"))
     memory_model.load_state_dict(memory_model.state_dict())
     assert not memory_model.has_learned
+
+
+def test_a_model_and_a_tokenizer_in_the_folder_are_not_lost(tiny_model, tmp_path):
+    memory_model = opened(tiny_model("llama"))
+    tiny_model("llama").save_pretrained(tmp_path / "mine")
+    files = names_in(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match=r"holds config\.json, which is not part of a"):
+        memory_model.save_pretrained(tmp_path / "mine")
+    assert names_in(tmp_path / "mine") == files
