@@ -56,8 +56,9 @@ def generate_with_memory(
 
     Raises:
         ValueError: If a prompt is empty, the state has another number of rows, an option needs the
-            whole prompt, or the model has not enough positions.
+            whole prompt, the model has not enough positions, or the memory was taken off.
     """
+    memory_model.require_attached()
     _check_options(memory_model.model, options)
     rows = RowTokens.of(input_ids, attention_mask, None)
     if bool((rows.num_tokens == 0).any()):

@@ -82,6 +82,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         self.memory_config = config
         self.layers: AttentionLayers = prepare_attentions(model)
         self._memories: dict[int, AttachedMemory] = {}
+        self._is_attached = True
         try:
             require_fits(model, config, self.layers)
             self._layout = _layout(config, self.layers)
@@ -119,6 +120,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
     @property
     def memory_layout(self) -> MemoryLayout:
         """The shape of its memory."""
+        self.require_attached()
         return self._layout
 
     @property
@@ -145,8 +147,22 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         size: int = self.model.get_output_embeddings().weight.shape[0]
         return size
 
+    def require_attached(self) -> None:
+        """Refuse to go on without the memory.
+
+        Raises:
+            ValueError: If it was taken off.
+        """
+        if not self._is_attached:
+            msg = (
+                "The memory was taken off the model with detach(). Put it on again with "
+                "byheart.attach, or load it with MemoryModel.from_pretrained."
+            )
+            raise ValueError(msg)
+
     def memories(self) -> dict[int, Any]:
         """Return what the memory layers have learned, by layer; PEFT may have wrapped it."""
+        self.require_attached()
         return {layer: getattr(self.layers.modules[layer], MEMORY) for layer in self._memories}
 
     def memory_parameters(self) -> list[nn.Parameter]:
@@ -225,7 +241,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         return load_attached(model, source, check_model=check_model)
 
     def detach(self) -> PreTrainedModel:
-        """Take the memory off again.
+        """Take the memory off again; this model with memory is of no use then.
 
         Returns:
             The model as it was, with the weights that it has now.
@@ -236,7 +252,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
             # another memory may have been attached since this one was taken off
             if hook_of(module) is None and hasattr(module, MEMORY):
                 delattr(module, MEMORY)
-        self._memories = {}
+        self._memories, self._is_attached = {}, False
         model: PreTrainedModel = self.model
         return model
 
@@ -273,9 +289,10 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
 
         Raises:
             MemoryStateError: If the state is used up or was made for another model.
-            ValueError: If a row crosses the end of its segment or the model's last position, or
-                the arguments do not fit together.
+            ValueError: If a row crosses the end of its segment or the model's last position, the
+                arguments do not fit together, or the memory was taken off.
         """
+        self.require_attached()
         rows = RowTokens.of(input_ids, attention_mask, num_tokens)
         if state is None:
             state = self.new_state(rows.batch, device=input_ids.device)

@@ -47,6 +47,7 @@ def save_attached(
         tokenizer_fingerprint: Identifies the tokenizer that made the model's tokens;
             `load_attached` refuses another one.
     """
+    memory_model.require_attached()
     directory = Path(directory)
     if with_model is None:
         # weights that were saved along may be in no other place
