@@ -212,3 +212,35 @@ def test_a_directory_with_a_complete_one_inside_is_replaced(tmp_path):
         complete_directory(tmp_path / "outer", {"format": "outer"}),
     ):
         pass
+
+
+def test_a_link_stays_a_link(decoder, tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to("disk/real")
+    for length in (7, 14):
+        state = read_tokens(decoder, random_tokens(2, length), decoder.new_state(2)).state
+        decoder.save_state(state, link)
+        for place in (link, tmp_path / "disk" / "real"):
+            assert decoder.load_state(place).position.tolist() == [length, length]
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    # a save that was killed between its two renames is found behind a link, too
+    real = tmp_path / "disk" / "real"
+    real.rename(real.with_name(".real.old"))
+    assert decoder.load_state(link).position.tolist() == [14, 14]
+    assert [path.name for path in real.parent.iterdir()] == ["real"]
+
+
+def test_the_working_directory_is_not_replaced_but_read(decoder, saved, monkeypatch):
+    for place, names in ((saved, (".", "../notes", str(saved))), (saved.parent, (".",))):
+        monkeypatch.chdir(place)
+        for name in names:
+            with pytest.raises(CheckpointError, match=r"must not be the working directory.*inside"):
+                decoder.save_state(decoder.new_state(2), name)
+    monkeypatch.chdir(saved)
+    assert decoder.load_state(".").position.tolist() == [24, 24]
+    (saved / "inner").mkdir()
+    monkeypatch.chdir(saved / "inner")
+    with pytest.raises(CheckpointError, match="or hold it"):
+        decoder.save_state(decoder.new_state(2), "..")

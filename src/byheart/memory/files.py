@@ -126,8 +126,11 @@ def complete_directory(directory: Path, content: Mapping[str, Any]) -> Iterator[
 
     Raises:
         CheckpointError: If tensors could not be written, or the older directory holds what byheart
-            has not written there.
+            has not written there, or the process works in it.
     """
+    # the directory is replaced, not a link to it
+    directory = directory.resolve()
+    _require_not_inside(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     recover(directory)
     _require_replaceable(directory, content.get("format"))
@@ -148,6 +151,21 @@ def complete_directory(directory: Path, content: Mapping[str, Any]) -> Iterator[
         raise CheckpointError(msg) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _require_not_inside(directory: Path) -> None:
+    """Refuse to replace the directory in which the process would stand, and then be nowhere.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    current = Path.cwd()
+    if directory in (current, *current.parents):
+        msg = (
+            f"{directory} must not be the working directory, or hold it, because it would be "
+            "replaced as a whole. Save to a directory inside of it."
+        )
+        raise CheckpointError(msg)
 
 
 def _require_replaceable(directory: Path, name: str | None) -> None:
@@ -195,6 +213,7 @@ def recover(directory: Path) -> None:
     Args:
         directory: The directory by its name.
     """
+    directory = directory.resolve()
     name = glob.escape(directory.name)
     left = [
         path for path in directory.parent.glob(f".{name}.partial-*") if not _is_alive(path.name)
