@@ -277,3 +277,26 @@ def test_a_prompt_lookup_of_the_model_is_refused(tiny_model, draw):
     memory_model.model.generation_config.prompt_lookup_num_tokens = 2
     with pytest.raises(ValueError, match=r"Set it to None there\."):
         memory_model.generate(draw(1, 21), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_the_place_of_searches_is_within_what_angles_reach(kind, tiny_model, draw):
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10_000.0}
+    settings = {"max_position_embeddings": 16}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0, 1.0], "long_factor": [2.0, 3.0]}
+        rope |= {"original_max_position_embeddings": 16}
+        settings = {"max_position_embeddings": 32}
+    model = tiny_model("llama", rope_parameters=rope, **settings)
+    with pytest.raises(ValueError, match=r"16 tokens, got segment_length=16 and a search from the"):
+        attach(model, knn=knn(), segment_length=16, memory_position="window")
+    for length, position in ((16, "none"), (16, "local"), (15, "window")):
+        ids = draw(1, length)
+        expected = model(ids, use_cache=False).logits
+        memory_model = attach(model, knn=knn(), segment_length=length, memory_position=position)
+        state = memory_model.new_state(1)
+        for _ in range(2):
+            out = memory_model(ids, state=state)
+            assert torch.equal(out.logits, expected)
+            state = state.commit(out.new_entries)
+        assert torch.equal(memory_model.detach()(ids, use_cache=False).logits, expected)

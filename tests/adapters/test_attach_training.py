@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
 from byheart import KnnMemoryConfig, read_tokens
 from byheart.adapters.attach import attach
@@ -112,3 +113,30 @@ def test_two_processes_keep_their_memories_apart(tmp_path):
         for name, tensor in states[rank].stores[1].state_dict().items():
             torch.testing.assert_close(saved[name], tensor, atol=1e-5, rtol=1e-5)
     assert not torch.equal(states[0].stores[1].keys, states[1].stores[1].keys)
+
+
+def test_the_trainer_evaluates_and_predicts_without_the_new_entries(tiny_model, draw, tmp_path):
+    memory_model = make(tiny_model("llama")).eval()
+    rows = [{"input_ids": row, "labels": row} for row in draw(5, SEGMENT)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=2, per_device_train_batch_size=5,
+        max_steps=1, eval_strategy="steps", eval_steps=1, save_strategy="no", report_to=[],
+        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    seen = []
+    trainer = Trainer(
+        memory_model, arguments, train_dataset=rows, eval_dataset=rows,
+        compute_metrics=lambda found: seen.append(found.predictions) or {},
+    )  # fmt: skip
+    # what docs/attach.md says
+    ignored = ["new_entries", "token_losses"]
+    trainer.train(ignore_keys_for_eval=ignored)
+    trainer.evaluate(ignore_keys=ignored)
+    found = trainer.predict(rows, ignore_keys=ignored)
+    with torch.no_grad():
+        out = memory_model.eval()(draw(5, SEGMENT), labels=draw(5, SEGMENT))
+    for predictions in (*seen, found.predictions):
+        torch.testing.assert_close(torch.from_numpy(predictions), out.logits)
+    # a Trainer without it counts the first label of each row, too, which nothing predicts
+    if hasattr(trainer, "_loss_shifts_labels"):
+        assert found.metrics["test_loss"] == pytest.approx(float(out.loss), rel=1e-5)

@@ -63,6 +63,8 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
 
     accepts_loss_kwargs = True
     """For transformers' `Trainer`: give `num_items_in_batch` to `forward`."""
+    loss_type = "ForCausalLM"
+    """For transformers' `Trainer`: the first of the labels is not predicted, so do not count it."""
 
     def __init__(self, model: PreTrainedModel, config: AttachConfig) -> None:
         """Put memory on a model.
