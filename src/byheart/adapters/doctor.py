@@ -149,6 +149,9 @@ def _rotations(trial: MemoryModel, config: AttachConfig) -> tuple[str, ...]:
         else:
             part = rotation.width
             words.append("whole" if part is None else f"first {part} of {trial.layers.head_dim}")
-    knn = config.knn and replace(config.knn, layers=(0,), memory_size=max(8, config.knn.top_k))
+    # the smallest memory that goes with the other options
+    knn = config.knn and replace(
+        config.knn, layers=(0,), memory_size=config.knn.num_buckets or config.knn.top_k
+    )
     MemoryModel(trial.detach(), replace(config, knn=knn)).detach()
     return tuple(words)
