@@ -331,3 +331,17 @@ def test_what_was_taken_off_is_not_used_on(with_memory, tiny_model, draw, tmp_pa
         with pytest.raises(ValueError, match=r"memory was taken off .* with detach\(\)\. Put it"):
             use()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("combine", ["gate", "content_gate"])
+def test_closed_gates_lose_no_bit_of_any_precision(combine, dtype, tiny_model, draw):
+    model = tiny_model("llama").to(dtype)
+    ids = draw(ROWS, SEGMENT)
+    expected = model(ids, use_cache=False).logits
+    memory_model = attach(model, knn=knn(combine=combine), segment_length=SEGMENT)
+    state = memory_model.new_state(ROWS)
+    for _ in range(3):
+        out = memory_model(ids, state=state)
+        assert torch.equal(out.logits, expected)
+        state = state.commit(out.new_entries)
