@@ -12,6 +12,8 @@ from transformers import Trainer, TrainingArguments
 
 from byheart import KnnMemoryConfig, read_tokens
 from byheart.adapters.attach import attach
+from byheart.adapters.memory_model import MemoryModel
+from byheart.errors import CheckpointError
 
 SEGMENT = 7
 HERE = Path(__file__).parent
@@ -82,6 +84,43 @@ def test_lora_learns_and_keeps_the_memory_along(tiny_model, draw, tmp_path):
     assert torch.equal(read.logits, expected.logits)
     with pytest.raises(ValueError, match=r"Save it with PEFT's save_pretrained"):
         memory_model.save_pretrained(tmp_path / "memory")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("modules_to_save", [None, ["byheart_memory"]])
+def test_lora_is_saved_once_it_is_merged(modules_to_save, tiny_model, draw, tmp_path):
+    memory_model = make(tiny_model("llama")).eval()
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], modules_to_save=modules_to_save, init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(memory_model.model, config)
+    if modules_to_save is None:
+        message = r"layers of PEFT, such as model\.layers\.0\.self_attn\.q_proj.*merge_and_unload"
+        with pytest.raises(ValueError, match=message):
+            memory_model.save_pretrained(tmp_path / "memory")
+        assert not (tmp_path / "memory").exists()
+    adapted.merge_and_unload()
+    ids = draw(1, SEGMENT)
+    expected = memory_model(ids).logits
+    memory_model.save_pretrained(tmp_path / "memory")
+    loaded = MemoryModel.from_pretrained(None, tmp_path / "memory")
+    assert torch.equal(loaded(ids).logits, expected)
+    with pytest.raises(CheckpointError, match="with other weights"):
+        MemoryModel.from_pretrained(tiny_model("llama"), tmp_path / "memory")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_memory_on_an_adapted_model_is_saved_alone(tiny_model, draw, tmp_path):
+    def adapted():
+        config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        torch.manual_seed(1)
+        return peft.get_peft_model(tiny_model("llama"), config).get_base_model().eval()
+
+    memory_model = make(adapted()).eval()
+    memory_model.save_pretrained(tmp_path)
+    loaded = MemoryModel.from_pretrained(adapted(), tmp_path)
+    ids = draw(1, SEGMENT)
+    assert torch.equal(loaded(ids).logits, memory_model(ids).logits)
 
 
 @pytest.mark.slow

@@ -46,13 +46,21 @@ def save_attached(
             was saved along before, or if the directory holds a model.
         tokenizer_fingerprint: Identifies the tokenizer that made the model's tokens;
             `load_attached` refuses another one.
+
+    Raises:
+        ValueError: If the memory was taken off, or PEFT holds what would have to be written.
+        CheckpointError: If the directory holds files of others.
     """
     memory_model.require_attached()
     directory = Path(directory)
     if with_model is None:
+        recover(directory)
         # weights that were saved along may be in no other place
         holds_model = (directory / _MODEL).is_dir()
         with_model = holds_model or memory_model.was_saved_along or memory_model.has_learned
+    added = _added_weights(memory_model)
+    if with_model:
+        _require_no_adapters(memory_model)
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -62,7 +70,7 @@ def save_attached(
     }
     with complete_directory(directory, content) as partial:
         save_config(memory_model.memory_config, partial / _CONFIG)
-        save_file(_added_weights(memory_model), partial / _WEIGHTS)
+        save_file(added, partial / _WEIGHTS)
         if with_model:
             model = memory_model.model
             weights = {
@@ -156,6 +164,22 @@ def _added_weights(memory_model: MemoryModel) -> dict[str, Tensor]:
         for layer, memory in memory_model.memories().items()
         for name, tensor in memory.state_dict().items()
     }
+
+
+def _require_no_adapters(memory_model: MemoryModel) -> None:
+    """Refuse to write a model that transformers could not read again.
+
+    Raises:
+        ValueError: If PEFT has put layers of its own into it.
+    """
+    for name, module in memory_model.model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            msg = (
+                f"The model has layers of PEFT, such as {name}, and cannot be saved with them. "
+                "Merge them with merge_and_unload(), or save it with PEFT's save_pretrained; with "
+                "modules_to_save=['byheart_memory'] the memory learns and is saved there, too."
+            )
+            raise ValueError(msg)
 
 
 def _put_back(memory_model: MemoryModel, weights: dict[str, Tensor]) -> None:
