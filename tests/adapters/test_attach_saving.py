@@ -190,3 +190,16 @@ def test_a_model_and_a_tokenizer_in_the_folder_are_not_lost(tiny_model, tmp_path
     with pytest.raises(CheckpointError, match=r"holds config\.json, which is not part of a"):
         memory_model.save_pretrained(tmp_path / "mine")
     assert names_in(tmp_path / "mine") == files
+
+
+def test_options_of_saving_are_heeded_or_refused(tiny_model, draw, tmp_path):
+    memory_model = opened(tiny_model("llama"))
+    memory_model.save_pretrained(tmp_path / "none", is_main_process=False)
+    with pytest.raises(TypeError, match=r"got push_to_hub\. Leave it out; to publish"):
+        memory_model.save_pretrained(tmp_path / "none", push_to_hub=True)
+    assert not list(tmp_path.iterdir())
+    # as push_to_hub calls it
+    memory_model.save_pretrained(tmp_path / "parts", with_model=True, max_shard_size="3KB")
+    assert len(list((tmp_path / "parts" / "model").glob("*.safetensors"))) > 1
+    loaded = MemoryModel.from_pretrained(None, tmp_path / "parts")
+    assert torch.equal(logits_after(loaded, draw(1, 9)), logits_after(memory_model, draw(1, 9)))

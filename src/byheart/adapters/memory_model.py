@@ -207,7 +207,13 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         return generate_with_memory(self, input_ids, **options)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, with_model: bool | None = None, **_: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        with_model: bool | None = None,
+        is_main_process: bool = True,
+        max_shard_size: int | str = "50GB",
+        **options: Any,
     ) -> None:
         """Write the added weights and the config; see `byheart.adapters.memory_saving`.
 
@@ -215,10 +221,25 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
             save_directory: Where to. It is replaced only when the new one is complete.
             with_model: Write the model, too; `None`: if its own weights are nowhere else, see
                 `save_attached`.
+            is_main_process: Whether this process of several writes.
+            max_shard_size: Largest file of the model's own weights.
+            options: None of those that transformers' own models take.
+
+        Raises:
+            TypeError: If there are others.
         """
         from byheart.adapters.memory_saving import save_attached
 
-        save_attached(self, save_directory, with_model=with_model)
+        if options:
+            msg = (
+                "save_pretrained takes with_model, is_main_process and max_shard_size, got "
+                f"{', '.join(options)}. Leave it out; to publish a memory use push_to_hub."
+            )
+            raise TypeError(msg)
+        if is_main_process:
+            save_attached(
+                self, save_directory, with_model=with_model, max_shard_size=max_shard_size
+            )
 
     @classmethod
     def from_pretrained(

@@ -33,6 +33,7 @@ def save_attached(
     *,
     with_model: bool | None = None,
     tokenizer_fingerprint: str = "",
+    max_shard_size: int | str = "50GB",
 ) -> None:
     """Write the added weights (safetensors) and the config (JSON) to a directory.
 
@@ -46,6 +47,7 @@ def save_attached(
             was saved along before, or if the directory holds a model.
         tokenizer_fingerprint: Identifies the tokenizer that made the model's tokens;
             `load_attached` refuses another one.
+        max_shard_size: Largest file of the model's own weights.
 
     Raises:
         ValueError: If the memory was taken off, or PEFT holds what would have to be written.
@@ -76,7 +78,9 @@ def save_attached(
             weights = {
                 name: tensor for name, tensor in model.state_dict().items() if not is_added(name)
             }
-            model.save_pretrained(partial / _MODEL, state_dict=weights)
+            model.save_pretrained(
+                partial / _MODEL, state_dict=weights, max_shard_size=max_shard_size
+            )
 
 
 def load_attached(
