@@ -210,3 +210,16 @@ def test_entries_of_different_widths_leave_the_state(decoder, side, length):
     with pytest.raises(MemoryStateError, match=r"\(2, 3, \d, 8\), got 2 layers with .*3, 2, 8\)"):
         state.commit(dataclasses.replace(new, layers=layers))
     assert state.commit(new).position.tolist() == [length, length]
+
+
+def test_a_memory_smaller_than_its_buckets_is_refused(decoder):
+    memory = KnnMemoryConfig(
+        layers=(1,), memory_size=40, top_k=5, search="strided_bucket", num_buckets=10
+    )
+    other = tiny_decoder(tiny_config(memory=memory))
+    with pytest.raises(
+        ValueError, match=r"memory_size must be 0 or at least the 10 buckets.*got 9"
+    ):
+        other.new_state(2, memory_size=9)
+    for size in (0, 10, 11):
+        read_tokens(other, random_tokens(2, 24), other.new_state(2, memory_size=size))
