@@ -22,6 +22,12 @@ def knn(layers=(1,), **changes):
         ("llama", {"knn": None, "layers": ("x",)}, "layers are for a kNN memory"),
         ("llama", {"knn": knn((2,))}, r"knn.layers must be between 0 and 1.*got 2"),
         ("llama", {"knn": knn((-3,))}, r"or count from the end between -2 and -1, got -3"),
+        (
+            "llama",
+            {"knn": knn((-1, 1))},
+            r"knn.layers must name each .* once, got \(-1, 1\), .*\(1,",
+        ),
+        ("llama", {"knn": knn((0, 0))}, r"name each layer once, got \(0, 0\), which are \(0, 0\)"),
         ("llama", {"knn": knn(), "layers": ("model.layers.0",)}, r"such as 'model.layers.1.self_"),
         ("llama", {"knn": knn(), "segment_length": 60, "xl_cache_length": 5}, "64 positions"),
         ("llama", {"knn": knn(), "segment_length": 0}, "segment_length must be at least 1"),

@@ -48,6 +48,7 @@ def test_it_looks_at_a_layer_of_each_kind(tiny_model, tmp_path):
         ("gpt2", {"memory_position": "local"}, "rotary positions, which gpt2"),
         ("gemma2", {"knn": KnnMemoryConfig(layers=(0,), combine="joint")}, "caps them"),
         ("llama", {"knn": KnnMemoryConfig(layers=(2,))}, "knn.layers must be between 0 and 1"),
+        ("llama", {"knn": KnnMemoryConfig(layers=(-1, 1))}, "knn.layers must name each layer once"),
         ("llama", {"segment_length": 65}, "must fit into the model's 64 positions"),
     ],
 )

@@ -79,12 +79,12 @@ def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
             model = AutoModelForCausalLM.from_config(model_config)
         names = [name for name, _ in find_attentions(model)]
         require_possible(model, config)
+        config = config.resolve(len(names))
         num_parameters = sum(weight.numel() for weight in model.parameters())
         trial = _trial_model(model_config)
         rotations = _rotations(trial, config)
     except ValueError as error:
         return Diagnosis(model_type=family, reason=str(error))
-    config = config.resolve(len(names))
     layers = () if config.knn is None else config.knn.layers
     first = trial.layers
     width = first.num_kv_heads * first.head_dim
