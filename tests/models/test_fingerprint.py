@@ -21,3 +21,14 @@ def test_sums_see_every_bit_of_every_weight(dtype):
         assert weight_sums(module) == before
     module.weight.data[:2] = module.weight.data[:2].flip(0)
     assert weight_sums(module) != before
+
+
+class Sharded(torch.Tensor):
+    """A tensor that stands for others, as of a model in several processes."""
+
+
+def test_weights_whose_bits_cannot_be_read_always_count_as_changed():
+    module = torch.nn.Linear(2, 3)
+    assert weight_sums(module) == weight_sums(module)
+    module.bias = torch.nn.Parameter(torch.zeros(3).as_subclass(Sharded))
+    assert weight_sums(module) != weight_sums(module)

@@ -38,7 +38,7 @@ def model_fingerprint(
 
 def weight_sums(
     model: nn.Module, leave_out: Callable[[str], bool] = lambda name: False
-) -> dict[str, list[int]]:
+) -> dict[str, list[int] | list[float]]:
     """Add up the bits of all parameters, to see later whether one has changed.
 
     Several times faster than a fingerprint, and on the device. A tensor's count of writes would
@@ -50,13 +50,15 @@ def weight_sums(
 
     Returns:
         Sums by name. Those of a weight that has changed in one place always differ; in several, all
-        but always.
+        but always. Those of weights whose bits are not at hand, such as shards, are equal to none.
     """
     return {
-        name: _sums(parameter.detach()).tolist()
+        # each a number of its own: lists compare by identity first
+        name: _sums(weight).tolist() if type(weight) is Tensor else [float("nan")]
         for name, parameter in model.named_parameters()
+        for weight in (parameter.detach(),)
         # weights that were moved out of memory have no bits to add
-        if not (leave_out(name) or parameter.is_meta)
+        if not (leave_out(name) or weight.is_meta)
     }
 
 
