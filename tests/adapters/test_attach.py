@@ -308,3 +308,40 @@ def test_another_attention_of_the_model_is_used_for_whole_segments(tiny_model, d
         state = state.commit(out.new_entries)
     with pytest.raises(ValueError, match="needs the attention 'sdpa' or 'eager', got 'sdpa_by"):
         read_tokens(memory_model, draw(2, 4), read_tokens(memory_model, ids[:, :3], state).state)
+
+
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_what_was_taken_off_is_not_used_on(with_memory, tiny_model, draw, tmp_path):
+    memory = knn() if with_memory else None
+    memory_model = attach(tiny_model("llama"), knn=memory, segment_length=SEGMENT)
+    state = memory_model.new_state(1)
+    # a memory of its own changes nothing for the one that was taken off
+    attach(memory_model.detach(), knn=memory, segment_length=SEGMENT)
+    for use in (
+        lambda: memory_model(draw(1, 3)),
+        lambda: memory_model(draw(1, 3), state=state),
+        lambda: memory_model.generate(draw(1, 3), max_new_tokens=2),
+        lambda: memory_model.generate(draw(1, 3), state=state, max_new_tokens=2),
+        lambda: memory_model.save_pretrained(tmp_path / "memory"),
+        lambda: memory_model.save_state(state, tmp_path / "state"),
+        memory_model.memory_parameters,
+        memory_model.memory_metrics,
+        lambda: memory_model.new_state(1),
+    ):
+        with pytest.raises(ValueError, match=r"memory was taken off .* with detach\(\)\. Put it"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("combine", ["gate", "content_gate"])
+def test_closed_gates_lose_no_bit_of_any_precision(combine, dtype, tiny_model, draw):
+    model = tiny_model("llama").to(dtype)
+    ids = draw(ROWS, SEGMENT)
+    expected = model(ids, use_cache=False).logits
+    memory_model = attach(model, knn=knn(combine=combine), segment_length=SEGMENT)
+    state = memory_model.new_state(ROWS)
+    for _ in range(3):
+        out = memory_model(ids, state=state)
+        assert torch.equal(out.logits, expected)
+        state = state.commit(out.new_entries)

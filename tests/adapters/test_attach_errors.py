@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from transformers import GenerationConfig
 
 from byheart import KnnMemoryConfig, read_tokens
 from byheart.adapters.attach import attach
@@ -21,6 +22,12 @@ def knn(layers=(1,), **changes):
         ("llama", {"knn": None, "layers": ("x",)}, "layers are for a kNN memory"),
         ("llama", {"knn": knn((2,))}, r"knn.layers must be between 0 and 1.*got 2"),
         ("llama", {"knn": knn((-3,))}, r"or count from the end between -2 and -1, got -3"),
+        (
+            "llama",
+            {"knn": knn((-1, 1))},
+            r"knn.layers must name each .* once, got \(-1, 1\), .*\(1,",
+        ),
+        ("llama", {"knn": knn((0, 0))}, r"name each layer once, got \(0, 0\), which are \(0, 0\)"),
         ("llama", {"knn": knn(), "layers": ("model.layers.0",)}, r"such as 'model.layers.1.self_"),
         ("llama", {"knn": knn(), "segment_length": 60, "xl_cache_length": 5}, "64 positions"),
         ("llama", {"knn": knn(), "segment_length": 0}, "segment_length must be at least 1"),
@@ -214,6 +221,18 @@ def test_joint_softmax_and_dropout_are_refused(tiny_model, draw):
         ({"max_length": 40}, "max_new_tokens must be given"),
         ({"max_new_tokens": 3, "repetition_penalty": 2.0}, "repetition_penalty looks at the whole"),
         ({"max_new_tokens": 3, "min_length": 30}, "min_length looks at the whole prompt"),
+        (
+            {"max_new_tokens": 3, "encoder_repetition_penalty": 2.0},
+            r"encoder_repetition_penalty looks at .*got 2\.0\. Leave it out\.",
+        ),
+        (
+            {"max_new_tokens": 3, "encoder_no_repeat_ngram_size": 2},
+            "encoder_no_repeat_ngram_size looks at the whole prompt",
+        ),
+        (
+            {"generation_config": GenerationConfig(max_new_tokens=3, repetition_penalty=2.0)},
+            "repetition_penalty looks at the whole prompt",
+        ),
         ({"max_new_tokens": 3, "bogus": 1}, "bogus"),
         ({"max_new_tokens": 90}, "must fit into the 64 positions of gpt2, got up to 92"),
     ],
@@ -225,3 +244,65 @@ def test_options_of_generate_that_do_not_fit_leave_the_state(options, message, t
         memory_model.generate(draw(1, 21), state=state, **options)
     memory_model.generate(draw(1, 21), state=state, max_new_tokens=3)
     memory_model(draw(1, 3), state=state)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "harmless"),
+    [
+        ("repetition_penalty", 5.0, 1.0),
+        ("encoder_repetition_penalty", 5.0, 1.0),
+        ("no_repeat_ngram_size", 2, 0),
+        ("min_length", 30, 0),
+    ],
+)
+def test_whole_prompt_options_of_the_model_are_refused(name, value, harmless, tiny_model, draw):
+    memory_model = attach(tiny_model("llama"), knn=knn(), segment_length=SEGMENT).eval()
+    setattr(memory_model.model.generation_config, name, value)
+    message = rf"The generation_config of the model has {name}={value}, .*Pass {name}={harmless}\."
+    given = {"max_new_tokens": 3}
+    for options in (
+        given,
+        {"generation_config": GenerationConfig(**given)},
+        {**given, "generation_config": GenerationConfig()},
+    ):
+        with pytest.raises(ValueError, match=message):
+            memory_model.generate(draw(1, 21), **options)
+    for options in (
+        {**given, name: harmless},
+        {"generation_config": GenerationConfig(**given, **{name: harmless})},
+    ):
+        out = memory_model.generate(
+            draw(1, 21), **options, return_dict_in_generate=True, output_scores=True,
+            output_logits=True,
+        )  # fmt: skip
+        assert all(map(torch.equal, out.scores, out.logits))
+
+
+def test_a_prompt_lookup_of_the_model_is_refused(tiny_model, draw):
+    memory_model = attach(tiny_model("llama"), knn=knn(), segment_length=SEGMENT).eval()
+    memory_model.model.generation_config.prompt_lookup_num_tokens = 2
+    with pytest.raises(ValueError, match=r"Set it to None there\."):
+        memory_model.generate(draw(1, 21), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_the_place_of_searches_is_within_what_angles_reach(kind, tiny_model, draw):
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10_000.0}
+    settings = {"max_position_embeddings": 16}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0, 1.0], "long_factor": [2.0, 3.0]}
+        rope |= {"original_max_position_embeddings": 16}
+        settings = {"max_position_embeddings": 32}
+    model = tiny_model("llama", rope_parameters=rope, **settings)
+    with pytest.raises(ValueError, match=r"16 tokens, got segment_length=16 and a search from the"):
+        attach(model, knn=knn(), segment_length=16, memory_position="window")
+    for length, position in ((16, "none"), (16, "local"), (15, "window")):
+        ids = draw(1, length)
+        expected = model(ids, use_cache=False).logits
+        memory_model = attach(model, knn=knn(), segment_length=length, memory_position=position)
+        state = memory_model.new_state(1)
+        for _ in range(2):
+            out = memory_model(ids, state=state)
+            assert torch.equal(out.logits, expected)
+            state = state.commit(out.new_entries)
+        assert torch.equal(memory_model.detach()(ids, use_cache=False).logits, expected)

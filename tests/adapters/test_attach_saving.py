@@ -1,5 +1,6 @@
 """What was added is saved alone, or with the model, and comes back exactly."""
 
+import copy
 import json
 
 import pytest
@@ -105,4 +106,100 @@ def test_a_model_that_has_learned_is_saved_along(tiny_model, draw, tmp_path):
         memory_model.model.lm_head.weight.add_(0.1)
     memory_model.save_pretrained(tmp_path / "both")
     loaded = MemoryModel.from_pretrained(None, tmp_path / "both")
+    assert torch.equal(logits_after(loaded, draw(1, 9)), logits_after(memory_model, draw(1, 9)))
+
+
+def names_in(directory):
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*.*"))
+
+
+def trained(model):
+    memory_model = opened(model)
+    with torch.no_grad():
+        memory_model.model.lm_head.weight.add_(0.1)
+    return memory_model
+
+
+@pytest.mark.parametrize("pass_model", [False, True])
+def test_a_model_that_was_saved_along_is_saved_along_again(pass_model, tiny_model, draw, tmp_path):
+    memory_model = trained(tiny_model("llama"))
+    expected = logits_after(memory_model, draw(1, 9))
+    memory_model.save_pretrained(tmp_path / "both")
+    files = names_in(tmp_path / "both")
+    model = memory_model.detach() if pass_model else None
+    loaded = MemoryModel.from_pretrained(model, tmp_path / "both")
+    for place in ("both", "elsewhere"):
+        loaded.save_pretrained(tmp_path / place)
+        assert names_in(tmp_path / place) == files
+        again = MemoryModel.from_pretrained(None, tmp_path / place)
+        assert torch.equal(logits_after(again, draw(1, 9)), expected)
+
+
+def test_a_folder_with_a_model_goes_on_having_one(tiny_model, tmp_path):
+    trained(tiny_model("llama")).save_pretrained(tmp_path / "both")
+    model = MemoryModel.from_pretrained(None, tmp_path / "both").detach()
+    opened(model, xl_cache_length=SEGMENT).save_pretrained(tmp_path / "both")
+    loaded = MemoryModel.from_pretrained(None, tmp_path / "both")
+    assert loaded.memory_config.xl_cache_length == SEGMENT
+
+
+def by_data(memory_model):
+    memory_model.model.lm_head.weight.data.add_(0.1)
+
+
+def one_number_by_data(memory_model):
+    memory_model.model.lm_head.weight.data[3, 5] += 1e-3
+
+
+def two_rows_change_places(memory_model):
+    weight = memory_model.model.lm_head.weight
+    weight.data[[3, 5]] = weight.data[[5, 3]]
+
+
+def another_tensor(memory_model):
+    head = memory_model.model.lm_head
+    head.weight = torch.nn.Parameter(head.weight.detach() + 0.1)
+
+
+@pytest.mark.parametrize(
+    "change", [by_data, one_number_by_data, two_rows_change_places, another_tensor]
+)
+@pytest.mark.parametrize("copied", [False, True])
+def test_weights_that_have_changed_in_any_way_are_saved(change, copied, tiny_model, draw, tmp_path):
+    memory_model = opened(tiny_model("llama"))
+    assert not memory_model.has_learned
+    change(memory_model)
+    if copied:
+        memory_model = copy.deepcopy(memory_model)
+    assert memory_model.has_learned
+    memory_model.save_pretrained(tmp_path / "both")
+    loaded = MemoryModel.from_pretrained(None, tmp_path / "both")
+    assert torch.equal(logits_after(loaded, draw(1, 9)), logits_after(memory_model, draw(1, 9)))
+
+
+def test_weights_that_were_written_as_they_are_have_learned_nothing(tiny_model):
+    memory_model = opened(tiny_model("llama"))
+    memory_model.load_state_dict(memory_model.state_dict())
+    assert not memory_model.has_learned
+
+
+def test_a_model_and_a_tokenizer_in_the_folder_are_not_lost(tiny_model, tmp_path):
+    memory_model = opened(tiny_model("llama"))
+    tiny_model("llama").save_pretrained(tmp_path / "mine")
+    files = names_in(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match=r"holds config\.json, which is not part of a"):
+        memory_model.save_pretrained(tmp_path / "mine")
+    assert names_in(tmp_path / "mine") == files
+
+
+def test_options_of_saving_are_heeded_or_refused(tiny_model, draw, tmp_path):
+    memory_model = opened(tiny_model("llama"))
+    memory_model.save_pretrained(tmp_path / "none", is_main_process=False)
+    with pytest.raises(TypeError, match=r"got push_to_hub\. Leave it out; to publish"):
+        memory_model.save_pretrained(tmp_path / "none", push_to_hub=True)
+    assert not list(tmp_path.iterdir())
+    # as push_to_hub calls it
+    memory_model.save_pretrained(tmp_path / "parts", with_model=True, max_shard_size="3KB")
+    assert len(list((tmp_path / "parts" / "model").glob("*.safetensors"))) > 1
+    loaded = MemoryModel.from_pretrained(None, tmp_path / "parts")
     assert torch.equal(logits_after(loaded, draw(1, 9)), logits_after(memory_model, draw(1, 9)))

@@ -8,9 +8,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
 from byheart import KnnMemoryConfig, read_tokens
 from byheart.adapters.attach import attach
+from byheart.adapters.memory_model import MemoryModel
+from byheart.errors import CheckpointError
 
 SEGMENT = 7
 HERE = Path(__file__).parent
@@ -83,6 +86,43 @@ def test_lora_learns_and_keeps_the_memory_along(tiny_model, draw, tmp_path):
         memory_model.save_pretrained(tmp_path / "memory")
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("modules_to_save", [None, ["byheart_memory"]])
+def test_lora_is_saved_once_it_is_merged(modules_to_save, tiny_model, draw, tmp_path):
+    memory_model = make(tiny_model("llama")).eval()
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], modules_to_save=modules_to_save, init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(memory_model.model, config)
+    if modules_to_save is None:
+        message = r"layers of PEFT, such as model\.layers\.0\.self_attn\.q_proj.*merge_and_unload"
+        with pytest.raises(ValueError, match=message):
+            memory_model.save_pretrained(tmp_path / "memory")
+        assert not (tmp_path / "memory").exists()
+    adapted.merge_and_unload()
+    ids = draw(1, SEGMENT)
+    expected = memory_model(ids).logits
+    memory_model.save_pretrained(tmp_path / "memory")
+    loaded = MemoryModel.from_pretrained(None, tmp_path / "memory")
+    assert torch.equal(loaded(ids).logits, expected)
+    with pytest.raises(CheckpointError, match="with other weights"):
+        MemoryModel.from_pretrained(tiny_model("llama"), tmp_path / "memory")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_memory_on_an_adapted_model_is_saved_alone(tiny_model, draw, tmp_path):
+    def adapted():
+        config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        torch.manual_seed(1)
+        return peft.get_peft_model(tiny_model("llama"), config).get_base_model().eval()
+
+    memory_model = make(adapted()).eval()
+    memory_model.save_pretrained(tmp_path)
+    loaded = MemoryModel.from_pretrained(adapted(), tmp_path)
+    ids = draw(1, SEGMENT)
+    assert torch.equal(loaded(ids).logits, memory_model(ids).logits)
+
+
 @pytest.mark.slow
 def test_two_processes_keep_their_memories_apart(tmp_path):
     command = [
@@ -112,3 +152,30 @@ def test_two_processes_keep_their_memories_apart(tmp_path):
         for name, tensor in states[rank].stores[1].state_dict().items():
             torch.testing.assert_close(saved[name], tensor, atol=1e-5, rtol=1e-5)
     assert not torch.equal(states[0].stores[1].keys, states[1].stores[1].keys)
+
+
+def test_the_trainer_evaluates_and_predicts_without_the_new_entries(tiny_model, draw, tmp_path):
+    memory_model = make(tiny_model("llama")).eval()
+    rows = [{"input_ids": row, "labels": row} for row in draw(5, SEGMENT)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=2, per_device_train_batch_size=5,
+        max_steps=1, eval_strategy="steps", eval_steps=1, save_strategy="no", report_to=[],
+        use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    seen = []
+    trainer = Trainer(
+        memory_model, arguments, train_dataset=rows, eval_dataset=rows,
+        compute_metrics=lambda found: seen.append(found.predictions) or {},
+    )  # fmt: skip
+    # what docs/attach.md says
+    ignored = ["new_entries", "token_losses"]
+    trainer.train(ignore_keys_for_eval=ignored)
+    trainer.evaluate(ignore_keys=ignored)
+    found = trainer.predict(rows, ignore_keys=ignored)
+    with torch.no_grad():
+        out = memory_model.eval()(draw(5, SEGMENT), labels=draw(5, SEGMENT))
+    for predictions in (*seen, found.predictions):
+        torch.testing.assert_close(torch.from_numpy(predictions), out.logits)
+    # a Trainer without it counts the first label of each row, too, which nothing predicts
+    if hasattr(trainer, "_loss_shifts_labels"):
+        assert found.metrics["test_loss"] == pytest.approx(float(out.loss), rel=1e-5)

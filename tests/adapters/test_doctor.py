@@ -48,6 +48,7 @@ def test_it_looks_at_a_layer_of_each_kind(tiny_model, tmp_path):
         ("gpt2", {"memory_position": "local"}, "rotary positions, which gpt2"),
         ("gemma2", {"knn": KnnMemoryConfig(layers=(0,), combine="joint")}, "caps them"),
         ("llama", {"knn": KnnMemoryConfig(layers=(2,))}, "knn.layers must be between 0 and 1"),
+        ("llama", {"knn": KnnMemoryConfig(layers=(-1, 1))}, "knn.layers must name each layer once"),
         ("llama", {"segment_length": 65}, "must fit into the model's 64 positions"),
     ],
 )
@@ -70,3 +71,19 @@ def test_the_share_of_the_search_is_that_of_its_products(tiny_model, tmp_path):
 def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read as a Hugging Face model"):
         diagnose(tmp_path, AttachConfig(knn=KNN))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory_size": 8192, "top_k": 32, "num_buckets": 128},
+        {"memory_size": 60, "top_k": 6},
+        {"memory_size": 6, "top_k": 2, "num_buckets": 3},
+    ],
+)
+def test_it_allows_buckets_that_attach_allows(options, tiny_model, tmp_path):
+    model = tiny_model("llama")
+    model.config.save_pretrained(tmp_path)
+    knn = KnnMemoryConfig(layers=(1,), search="strided_bucket", **options)
+    attach(model, knn=knn, segment_length=7)
+    assert diagnose(tmp_path, AttachConfig(knn=knn, segment_length=7)).reason is None

@@ -4,10 +4,12 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from byheart.errors import CheckpointError, MemoryStateError
 from byheart.memory.config import KnnMemoryConfig
-from byheart.memory.files import MANIFEST
+from byheart.memory.files import MANIFEST, complete_directory, read_manifest
+from byheart.models.checkpoint import save_model
 from byheart.models.fingerprint import model_fingerprint
 from byheart.models.streaming import read_tokens
 from byheart.testing.tiny import random_tokens, tiny_config, tiny_decoder
@@ -145,3 +147,100 @@ def test_the_fingerprint_depends_on_every_weight(decoder):
     with torch.no_grad():
         decoder.blocks[1].attention.mix.gate_bias[2] += 1e-6
     assert model_fingerprint(decoder) != before
+
+
+def test_what_byheart_did_not_write_is_not_replaced(decoder, saved, tmp_path):
+    state = decoder.new_state(2)
+    (saved / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"notes would be .*holds tokenizer\.json, which"):
+        decoder.save_state(state, saved)
+    (saved / "tokenizer.json").unlink()
+    (saved / "deeper").mkdir()
+    decoder.save_state(state, saved)
+    (saved / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"holds tensors\.safetensors, which is not part of"):
+        decoder.save_state(state, saved)
+    assert (saved / "tensors.safetensors").is_file()
+    (saved / MANIFEST).write_text("broken")
+    with pytest.raises(CheckpointError, match=r"holds manifest\.json, which"):
+        decoder.save_state(state, saved)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="file must be a directory, found a file"):
+        decoder.save_state(state, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notes"]
+
+
+def test_another_format_is_not_replaced(decoder, saved):
+    with pytest.raises(CheckpointError, match="not part of a byheart-decoder that byheart"):
+        save_model(decoder, saved)
+    assert decoder.load_state(saved).position.tolist() == [24, 24]
+
+
+def test_a_file_that_comes_while_saving_is_kept(decoder, saved, monkeypatch):
+    def save(tensors, path):
+        save_file(tensors, path)
+        (saved / "late.txt").write_text("x")
+
+    monkeypatch.setattr("byheart.memory.files.save_file", save)
+    with pytest.raises(CheckpointError, match=r"holds late\.txt"):
+        decoder.save_state(decoder.new_state(2), saved)
+    assert [path.name for path in saved.parent.iterdir()] == ["notes"]
+    (saved / "late.txt").unlink()
+    assert decoder.load_state(saved).position.tolist() == [24, 24]
+
+
+def test_an_empty_directory_is_filled(decoder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    decoder.save_state(decoder.new_state(2), tmp_path / "empty")
+    assert decoder.load_state(tmp_path / "empty").position.tolist() == [0, 0]
+
+
+def test_a_directory_with_a_complete_one_inside_is_replaced(tmp_path):
+    for word in ("first", "second"):
+        with (
+            complete_directory(tmp_path / "outer", {"format": "outer"}) as partial,
+            complete_directory(partial / "inner", {"format": "inner"}) as inner,
+        ):
+            (inner / "word").write_text(word)
+    assert (tmp_path / "outer" / "inner" / "word").read_text() == "second"
+    read_manifest(tmp_path / "outer" / "inner")
+    (tmp_path / "outer" / "mine").mkdir()
+    (tmp_path / "outer" / "mine" / MANIFEST).write_text("{}")
+    with (
+        pytest.raises(CheckpointError, match=r"holds mine/manifest\.json"),
+        complete_directory(tmp_path / "outer", {"format": "outer"}),
+    ):
+        pass
+
+
+def test_a_link_stays_a_link(decoder, tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to("disk/real")
+    for length in (7, 14):
+        state = read_tokens(decoder, random_tokens(2, length), decoder.new_state(2)).state
+        decoder.save_state(state, link)
+        for place in (link, tmp_path / "disk" / "real"):
+            assert decoder.load_state(place).position.tolist() == [length, length]
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    # a save that was killed between its two renames is found behind a link, too
+    real = tmp_path / "disk" / "real"
+    real.rename(real.with_name(".real.old"))
+    assert decoder.load_state(link).position.tolist() == [14, 14]
+    assert [path.name for path in real.parent.iterdir()] == ["real"]
+
+
+def test_the_working_directory_is_not_replaced_but_read(decoder, saved, monkeypatch):
+    for place, names in ((saved, (".", "../notes", str(saved))), (saved.parent, (".",))):
+        monkeypatch.chdir(place)
+        for name in names:
+            with pytest.raises(CheckpointError, match=r"must not be the working directory.*inside"):
+                decoder.save_state(decoder.new_state(2), name)
+    monkeypatch.chdir(saved)
+    assert decoder.load_state(".").position.tolist() == [24, 24]
+    (saved / "inner").mkdir()
+    monkeypatch.chdir(saved / "inner")
+    with pytest.raises(CheckpointError, match="or hold it"):
+        decoder.save_state(decoder.new_state(2), "..")

@@ -124,7 +124,9 @@ def test_sizes_out_of_range_are_refused(decoder):
 
 def test_commit_refuses_entries_of_another_batch_or_model(decoder):
     entries = decoder(random_tokens(3, 3)).new_entries
-    with pytest.raises(MemoryStateError, match=r"\(2, 3, 8\), got 2 layers with \[\(3, 3, 8\)\]"):
+    with pytest.raises(
+        MemoryStateError, match=r"\(2, 3, 3, 8\), got 2 layers with \[\(3, 3, 3, 8\)\]"
+    ):
         decoder.new_state(2).commit(entries)
     deeper = tiny_decoder(tiny_config(num_layers=3)).new_state(3)
     with pytest.raises(MemoryStateError, match="must be of 3 layers"):
@@ -195,3 +197,29 @@ def test_evicted_tokens_enter_memory_when_they_leave_the_cache():
     state = read_tokens(decoder, random_tokens(2, 21), decoder.new_state(2)).state
     assert state.stores[1].num_written.tolist() == [21 - 9] * 2
     assert isinstance(state, MemoryState)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("length", [3, 7])
+def test_entries_of_different_widths_leave_the_state(decoder, side, length):
+    state = decoder.new_state(2)
+    new = decoder(random_tokens(2, length), state=state).new_entries
+    keys, values = new.layers[1]
+    narrow = (keys[:, :, :2], values) if side == 0 else (keys, values[:, :, :2])
+    layers = (new.layers[0], type(new.layers[1])(*narrow))
+    with pytest.raises(MemoryStateError, match=r"\(2, 3, \d, 8\), got 2 layers with .*3, 2, 8\)"):
+        state.commit(dataclasses.replace(new, layers=layers))
+    assert state.commit(new).position.tolist() == [length, length]
+
+
+def test_a_memory_smaller_than_its_buckets_is_refused(decoder):
+    memory = KnnMemoryConfig(
+        layers=(1,), memory_size=40, top_k=5, search="strided_bucket", num_buckets=10
+    )
+    other = tiny_decoder(tiny_config(memory=memory))
+    with pytest.raises(
+        ValueError, match=r"memory_size must be 0 or at least the 10 buckets.*got 9"
+    ):
+        other.new_state(2, memory_size=9)
+    for size in (0, 10, 11):
+        read_tokens(other, random_tokens(2, 24), other.new_state(2, memory_size=size))

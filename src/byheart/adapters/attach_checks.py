@@ -56,14 +56,7 @@ def require_possible(model: PreTrainedModel, config: AttachConfig) -> None:
             "model.set_attn_implementation('sdpa')."
         )
         raise ValueError(msg)
-    reach = rotation_limit(model)
-    if reach is not None and config.segment_length > reach:
-        msg = (
-            f"The angles of {model.config.model_type} change with the length of a text beyond "
-            f"{reach} tokens, got segment_length={config.segment_length}. Set it to at most "
-            f"{reach}."
-        )
-        raise ValueError(msg)
+    _require_reach(model, config)
     limit = max_positions(model)
     needed = config.segment_length + config.xl_cache_length
     if limit is not None and needed > limit:
@@ -71,6 +64,25 @@ def require_possible(model: PreTrainedModel, config: AttachConfig) -> None:
             f"Segment and XL cache must fit into the model's {limit} positions, got "
             f"{config.segment_length} + {config.xl_cache_length}. Set segment_length to at most "
             f"{max(limit - config.xl_cache_length, 1)}."
+        )
+        raise ValueError(msg)
+
+
+def _require_reach(model: PreTrainedModel, config: AttachConfig) -> None:
+    """Refuse segments in which a model would change its angles.
+
+    Raises:
+        ValueError: If they are too long.
+    """
+    reach = rotation_limit(model)
+    # all searches from the place behind the segment: its angles are asked for, too
+    behind = int(config.memory_position == "window")
+    if reach is not None and config.segment_length + behind > reach:
+        window = " and a search from the place behind it (memory_position='window')"
+        msg = (
+            f"The angles of {model.config.model_type} change with the length of a text beyond "
+            f"{reach} tokens, got segment_length={config.segment_length}{window * behind}. Set "
+            f"segment_length to at most {reach - behind}."
         )
         raise ValueError(msg)
 

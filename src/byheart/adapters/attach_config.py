@@ -56,8 +56,17 @@ class AttachConfig:
 
         Returns:
             The config.
+
+        Raises:
+            ValueError: If a layer is named twice.
         """
         if self.knn is None:
             return self
         layers = tuple(layer % num_layers for layer in self.knn.layers)
+        if len(set(layers)) < len(layers):
+            msg = (
+                f"knn.layers must name each layer once, got {self.knn.layers}, which are {layers}. "
+                "Leave the second name of a layer out."
+            )
+            raise ValueError(msg)
         return replace(self, knn=replace(self.knn, layers=layers))

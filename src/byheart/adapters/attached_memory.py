@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from byheart.adapters.attach_config import AttachConfig
 from byheart.memory.store import MemoryRead, MemoryStore
-from byheart.ops.attention import Attended
+from byheart.ops.attention import Attended, wide_dtype
 from byheart.ops.merge import merge_by_gate, merge_by_softmax
 from byheart.ops.norms import unit_length
 from byheart.ops.search import Neighbours
@@ -85,7 +85,8 @@ class AttachedMemory(nn.Module):
             biased = read.logsumexp + self.gate_bias[:, None]
             return merge_by_softmax([local.output, read.output], [local.logsumexp, biased])
         gate_BHQ = self._gate(queries) * read.has_entries[:, None, None]
-        mixed = merge_by_gate(local.output.float(), read.output.float(), gate_BHQ)
+        wide = local.output.to(wide_dtype(local.output))
+        mixed = merge_by_gate(wide, read.output, gate_BHQ)
         return mixed.to(local.output.dtype)
 
     def gate(self) -> Float[Tensor, " heads"] | None:

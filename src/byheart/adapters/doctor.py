@@ -79,12 +79,12 @@ def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
             model = AutoModelForCausalLM.from_config(model_config)
         names = [name for name, _ in find_attentions(model)]
         require_possible(model, config)
+        config = config.resolve(len(names))
         num_parameters = sum(weight.numel() for weight in model.parameters())
         trial = _trial_model(model_config)
         rotations = _rotations(trial, config)
     except ValueError as error:
         return Diagnosis(model_type=family, reason=str(error))
-    config = config.resolve(len(names))
     layers = () if config.knn is None else config.knn.layers
     first = trial.layers
     width = first.num_kv_heads * first.head_dim
@@ -149,6 +149,9 @@ def _rotations(trial: MemoryModel, config: AttachConfig) -> tuple[str, ...]:
         else:
             part = rotation.width
             words.append("whole" if part is None else f"first {part} of {trial.layers.head_dim}")
-    knn = config.knn and replace(config.knn, layers=(0,), memory_size=max(8, config.knn.top_k))
+    # the smallest memory that goes with the other options
+    knn = config.knn and replace(
+        config.knn, layers=(0,), memory_size=config.knn.num_buckets or config.knn.top_k
+    )
     MemoryModel(trial.detach(), replace(config, knn=knn)).detach()
     return tuple(words)

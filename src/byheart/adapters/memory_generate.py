@@ -22,6 +22,8 @@ _OF_THE_PROMPT: dict[str, tuple[Any, ...]] = {
     "min_length": (0,),
     "repetition_penalty": (1.0,),
     "no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
     "prompt_lookup_num_tokens": (),
 }
 
@@ -56,8 +58,9 @@ def generate_with_memory(
 
     Raises:
         ValueError: If a prompt is empty, the state has another number of rows, an option needs the
-            whole prompt, or the model has not enough positions.
+            whole prompt, the model has not enough positions, or the memory was taken off.
     """
+    memory_model.require_attached()
     _check_options(memory_model.model, options)
     rows = RowTokens.of(input_ids, attention_mask, None)
     if bool((rows.num_tokens == 0).any()):
@@ -106,15 +109,22 @@ def _check_options(model: Any, options: dict[str, Any]) -> None:
     if options.get("max_new_tokens") is None and getattr(config, "max_new_tokens", None) is None:
         msg = "max_new_tokens must be given: lengths that count the prompt have no meaning here."
         raise ValueError(msg)
-    configs = [config or model.generation_config]
     for name, harmless in _OF_THE_PROMPT.items():
-        given = options.get(name, getattr(configs[0], name, None))
-        if given is not None and given not in harmless:
-            msg = (
-                f"{name} looks at the whole prompt, of which only the end is not in memory, got "
-                f"{given}. Leave it out."
-            )
+        given = options.get(name, getattr(config, name, None))
+        # transformers asks the model's own settings for what is not given
+        is_the_models = name not in options and given is None
+        if is_the_models:
+            given = getattr(model.generation_config, name, None)
+        if given is None or given in harmless:
+            continue
+        what = "the whole prompt, of which only the end is not in memory"
+        if not is_the_models:
+            msg = f"{name} looks at {what}, got {given}. Leave it out."
             raise ValueError(msg)
+        advice = f"Pass {name}={harmless[0]}." if harmless else "Set it to None there."
+        found = f"The generation_config of the model has {name}={given}"
+        msg = f"{found}, which looks at {what}. {advice}"
+        raise ValueError(msg)
 
 
 def _check_positions(

@@ -27,6 +27,7 @@ from byheart.adapters.tied import keep_tied_weights_once
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.state import MemoryState, NewEntries
 from byheart.models.decoder import require_inside_segment
+from byheart.models.fingerprint import weight_sums
 from byheart.models.segment_model import SegmentModel, layer_metrics
 from byheart.ops.losses import IGNORED
 
@@ -62,6 +63,8 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
 
     accepts_loss_kwargs = True
     """For transformers' `Trainer`: give `num_items_in_batch` to `forward`."""
+    loss_type = "ForCausalLM"
+    """For transformers' `Trainer`: the first of the labels is not predicted, so do not count it."""
 
     def __init__(self, model: PreTrainedModel, config: AttachConfig) -> None:
         """Put memory on a model.
@@ -81,6 +84,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         self.memory_config = config
         self.layers: AttentionLayers = prepare_attentions(model)
         self._memories: dict[int, AttachedMemory] = {}
+        self._is_attached = True
         try:
             require_fits(model, config, self.layers)
             self._layout = _layout(config, self.layers)
@@ -89,7 +93,9 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         except BaseException:
             self.detach()
             raise
-        self._versions = base_versions(self)
+        self._sums = weight_sums(model, is_added)
+        # set where memory is loaded: the model's weights may be nowhere else
+        self.was_saved_along = False
         keep_tied_weights_once(self)
 
     def _add_memories(self, model: PreTrainedModel, config: AttachConfig) -> None:
@@ -116,6 +122,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
     @property
     def memory_layout(self) -> MemoryLayout:
         """The shape of its memory."""
+        self.require_attached()
         return self._layout
 
     @property
@@ -142,8 +149,22 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         size: int = self.model.get_output_embeddings().weight.shape[0]
         return size
 
+    def require_attached(self) -> None:
+        """Refuse to go on without the memory.
+
+        Raises:
+            ValueError: If it was taken off.
+        """
+        if not self._is_attached:
+            msg = (
+                "The memory was taken off the model with detach(). Put it on again with "
+                "byheart.attach, or load it with MemoryModel.from_pretrained."
+            )
+            raise ValueError(msg)
+
     def memories(self) -> dict[int, Any]:
         """Return what the memory layers have learned, by layer; PEFT may have wrapped it."""
+        self.require_attached()
         return {layer: getattr(self.layers.modules[layer], MEMORY) for layer in self._memories}
 
     def memory_parameters(self) -> list[nn.Parameter]:
@@ -159,8 +180,8 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
 
     @property
     def has_learned(self) -> bool:
-        """Whether the model's own weights were written since memory was put on it."""
-        return base_versions(self) != self._versions
+        """Whether the model's own weights are others than when memory was put on it."""
+        return weight_sums(self.model, is_added) != self._sums
 
     def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
         """Trade time for memory in training, as the model itself does it; for the Trainer."""
@@ -186,18 +207,39 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         return generate_with_memory(self, input_ids, **options)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, with_model: bool | None = None, **_: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        with_model: bool | None = None,
+        is_main_process: bool = True,
+        max_shard_size: int | str = "50GB",
+        **options: Any,
     ) -> None:
         """Write the added weights and the config; see `byheart.adapters.memory_saving`.
 
         Args:
             save_directory: Where to. It is replaced only when the new one is complete.
-            with_model: Write the model, too; `None`: if its own weights have changed since memory
-                was put on it.
+            with_model: Write the model, too; `None`: if its own weights are nowhere else, see
+                `save_attached`.
+            is_main_process: Whether this process of several writes.
+            max_shard_size: Largest file of the model's own weights.
+            options: None of those that transformers' own models take.
+
+        Raises:
+            TypeError: If there are others.
         """
         from byheart.adapters.memory_saving import save_attached
 
-        save_attached(self, save_directory, with_model=with_model)
+        if options:
+            msg = (
+                "save_pretrained takes with_model, is_main_process and max_shard_size, got "
+                f"{', '.join(options)}. Leave it out; to publish a memory use push_to_hub."
+            )
+            raise TypeError(msg)
+        if is_main_process:
+            save_attached(
+                self, save_directory, with_model=with_model, max_shard_size=max_shard_size
+            )
 
     @classmethod
     def from_pretrained(
@@ -222,7 +264,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         return load_attached(model, source, check_model=check_model)
 
     def detach(self) -> PreTrainedModel:
-        """Take the memory off again.
+        """Take the memory off again; this model with memory is of no use then.
 
         Returns:
             The model as it was, with the weights that it has now.
@@ -233,7 +275,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
             # another memory may have been attached since this one was taken off
             if hook_of(module) is None and hasattr(module, MEMORY):
                 delattr(module, MEMORY)
-        self._memories = {}
+        self._memories, self._is_attached = {}, False
         model: PreTrainedModel = self.model
         return model
 
@@ -270,9 +312,10 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
 
         Raises:
             MemoryStateError: If the state is used up or was made for another model.
-            ValueError: If a row crosses the end of its segment or the model's last position, or
-                the arguments do not fit together.
+            ValueError: If a row crosses the end of its segment or the model's last position, the
+                arguments do not fit together, or the memory was taken off.
         """
+        self.require_attached()
         rows = RowTokens.of(input_ids, attention_mask, num_tokens)
         if state is None:
             state = self.new_state(rows.batch, device=input_ids.device)
@@ -316,20 +359,16 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         )
 
 
-def base_versions(memory_model: MemoryModel) -> dict[str, int]:
-    """Return how often each weight of the model below was written: it tells whether it has learned.
+def is_added(name: str) -> bool:
+    """Say whether a weight was added to the model below.
 
     Args:
-        memory_model: The model with memory.
+        name: Its name.
 
     Returns:
-        Counts by name, without the weights that were added.
+        Whether it belongs to the memory.
     """
-    return {
-        name: weight._version
-        for name, weight in memory_model.model.named_parameters()
-        if MEMORY not in name.split(".")
-    }
+    return MEMORY in name.split(".")
 
 
 def _layout(config: AttachConfig, layers: AttentionLayers) -> MemoryLayout:

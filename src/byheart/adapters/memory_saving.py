@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.attached_memory import AttachedMemory
 from byheart.adapters.loading import load_saved_along, load_transformer
-from byheart.adapters.memory_model import MemoryModel
-from byheart.adapters.memory_view import MEMORY
+from byheart.adapters.memory_model import MemoryModel, is_added
 from byheart.config import load_config, save_config
 from byheart.errors import CheckpointError
 from byheart.memory.files import complete_directory, read_manifest, recover, require_format
@@ -34,6 +33,7 @@ def save_attached(
     *,
     with_model: bool | None = None,
     tokenizer_fingerprint: str = "",
+    max_shard_size: int | str = "50GB",
 ) -> None:
     """Write the added weights (safetensors) and the config (JSON) to a directory.
 
@@ -43,11 +43,26 @@ def save_attached(
         memory_model: What to save.
         directory: Where to.
         with_model: Write the model inside, too, without what was added, as Hugging Face's
-            checkpoints; `None`: if its own weights have changed since memory was put on it.
+            checkpoints; `None`: if its own weights have changed since memory was put on it, if it
+            was saved along before, or if the directory holds a model.
         tokenizer_fingerprint: Identifies the tokenizer that made the model's tokens;
             `load_attached` refuses another one.
+        max_shard_size: Largest file of the model's own weights.
+
+    Raises:
+        ValueError: If the memory was taken off, or PEFT holds what would have to be written.
+        CheckpointError: If the directory holds files of others.
     """
-    with_model = memory_model.has_learned if with_model is None else with_model
+    memory_model.require_attached()
+    directory = Path(directory)
+    if with_model is None:
+        recover(directory)
+        # weights that were saved along may be in no other place
+        holds_model = (directory / _MODEL).is_dir()
+        with_model = holds_model or memory_model.was_saved_along or memory_model.has_learned
+    added = _added_weights(memory_model)
+    if with_model:
+        _require_no_adapters(memory_model)
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -55,17 +70,17 @@ def save_attached(
         "model_fingerprint": base_fingerprint(memory_model),
         "tokenizer_fingerprint": tokenizer_fingerprint,
     }
-    with complete_directory(Path(directory), content) as partial:
+    with complete_directory(directory, content) as partial:
         save_config(memory_model.memory_config, partial / _CONFIG)
-        save_file(_added_weights(memory_model), partial / _WEIGHTS)
+        save_file(added, partial / _WEIGHTS)
         if with_model:
             model = memory_model.model
             weights = {
-                name: tensor
-                for name, tensor in model.state_dict().items()
-                if MEMORY not in name.split(".")
+                name: tensor for name, tensor in model.state_dict().items() if not is_added(name)
             }
-            model.save_pretrained(partial / _MODEL, state_dict=weights)
+            model.save_pretrained(
+                partial / _MODEL, state_dict=weights, max_shard_size=max_shard_size
+            )
 
 
 def load_attached(
@@ -117,6 +132,7 @@ def load_attached(
         memory_model.detach()
         msg = f"{directory / _WEIGHTS} does not fit its config: {error}"
         raise CheckpointError(msg) from error
+    memory_model.was_saved_along = (directory / _MODEL).is_dir()
     return memory_model.eval()
 
 
@@ -140,7 +156,7 @@ def base_fingerprint(memory_model: MemoryModel) -> str:
     Returns:
         SHA-256, hexadecimal.
     """
-    return model_fingerprint(memory_model.model, leave_out=lambda name: MEMORY in name.split("."))
+    return model_fingerprint(memory_model.model, leave_out=is_added)
 
 
 def _added_weights(memory_model: MemoryModel) -> dict[str, Tensor]:
@@ -152,6 +168,22 @@ def _added_weights(memory_model: MemoryModel) -> dict[str, Tensor]:
         for layer, memory in memory_model.memories().items()
         for name, tensor in memory.state_dict().items()
     }
+
+
+def _require_no_adapters(memory_model: MemoryModel) -> None:
+    """Refuse to write a model that transformers could not read again.
+
+    Raises:
+        ValueError: If PEFT has put layers of its own into it.
+    """
+    for name, module in memory_model.model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            msg = (
+                f"The model has layers of PEFT, such as {name}, and cannot be saved with them. "
+                "Merge them with merge_and_unload(), or save it with PEFT's save_pretrained; with "
+                "modules_to_save=['byheart_memory'] the memory learns and is saved there, too."
+            )
+            raise ValueError(msg)
 
 
 def _put_back(memory_model: MemoryModel, weights: dict[str, Tensor]) -> None:

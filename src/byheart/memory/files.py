@@ -125,16 +125,23 @@ def complete_directory(directory: Path, content: Mapping[str, Any]) -> Iterator[
         A directory to write into. If that raises, nothing has changed.
 
     Raises:
-        CheckpointError: If tensors could not be written.
+        CheckpointError: If tensors could not be written, or the older directory holds what byheart
+            has not written there, or the process works in it.
     """
+    # the directory is replaced, not a link to it
+    directory = directory.resolve()
+    _require_not_inside(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     recover(directory)
+    _require_replaceable(directory, content.get("format"))
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         yield partial
         write_manifest(partial, content)
+        # something may have come while this was written
+        _require_replaceable(directory, content.get("format"))
         _replace(partial, directory)
     except SafetensorError as error:
         msg = (
@@ -146,6 +153,57 @@ def complete_directory(directory: Path, content: Mapping[str, Any]) -> Iterator[
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _require_not_inside(directory: Path) -> None:
+    """Refuse to replace the directory in which the process would stand, and then be nowhere.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    current = Path.cwd()
+    if directory in (current, *current.parents):
+        msg = (
+            f"{directory} must not be the working directory, or hold it, because it would be "
+            "replaced as a whole. Save to a directory inside of it."
+        )
+        raise CheckpointError(msg)
+
+
+def _require_replaceable(directory: Path, name: str | None) -> None:
+    """Refuse to replace a directory with files that a save of the same format has not written.
+
+    Raises:
+        CheckpointError: If there is one, or a file in place of the directory.
+    """
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        msg = f"{directory} must be a directory, found a file. Save to another place."
+        raise CheckpointError(msg)
+    written = _written_files(directory, name)
+    for path in sorted(directory.rglob("*")):
+        is_inside = path.is_dir() and not path.is_symlink()
+        if not is_inside and path not in written:
+            msg = (
+                f"{directory} would be replaced as a whole, but it holds "
+                f"{path.relative_to(directory)}, which is not part of a {name or 'checkpoint'} "
+                "that byheart has written there. Save to a new directory, or move it away."
+            )
+            raise CheckpointError(msg)
+
+
+def _written_files(directory: Path, name: str | None) -> set[Path]:
+    """Return the files that a directory's manifest accounts for, if it is of a format."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.get("format") != name:
+            return set()
+        listed = {directory / path for path in manifest["files"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return set()
+    # manifests of directories inside are not listed
+    return listed | {path.parent / MANIFEST for path in listed} | {directory / MANIFEST}
+
+
 def recover(directory: Path) -> None:
     """Tidy up after a process that was killed while it replaced a directory.
 
@@ -155,6 +213,7 @@ def recover(directory: Path) -> None:
     Args:
         directory: The directory by its name.
     """
+    directory = directory.resolve()
     name = glob.escape(directory.name)
     left = [
         path for path in directory.parent.glob(f".{name}.partial-*") if not _is_alive(path.name)

@@ -308,19 +308,19 @@ def _each(
 
 
 def _check_shapes(state: MemoryState, new: NewEntries) -> None:
-    """Refuse entries of another batch or model.
+    """Refuse entries of another batch or model, or of which some are missing.
 
     Raises:
-        MemoryStateError: If rows, layers, heads or their width differ.
+        MemoryStateError: If rows, layers, heads or their width differ, or tokens of the layers do.
     """
-    layout = state.layout
-    expected = (state.batch_size, layout.num_kv_heads, layout.head_dim)
-    shapes = {(*side.shape[:2], side.shape[3]) for layer in new.layers for side in layer}
+    layout, shapes = state.layout, {tuple(side.shape) for layer in new.layers for side in layer}
+    tokens = max((shape[2] for shape in shapes), default=0)
+    expected = (state.batch_size, layout.num_kv_heads, tokens, layout.head_dim)
     if len(new.layers) != layout.num_layers or shapes != {expected}:
         msg = (
-            f"New entries must be of {layout.num_layers} layers with (rows, heads, head_dim) = "
-            f"{expected}, got {len(new.layers)} layers with {sorted(shapes)}. Commit to the state "
-            "that was read."
+            f"New entries must be of {layout.num_layers} layers with (rows, heads, tokens, "
+            f"head_dim) = {expected}, got {len(new.layers)} layers with {sorted(shapes)}. Commit "
+            "to the state that was read."
         )
         raise MemoryStateError(msg)
 

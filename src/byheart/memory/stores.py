@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 import torch
 
+from byheart.memory.config import KnnMemoryConfig
 from byheart.memory.dense import DenseStore
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.store import MemoryStore
@@ -33,7 +34,8 @@ def empty_stores(
         Stores by layer; empty without a memory.
 
     Raises:
-        ValueError: If the size is negative, or the layout has no memory to give it to.
+        ValueError: If the size is negative or below the number of buckets, or the layout has no
+            memory to give it to.
     """
     knn = layout.knn_memory
     size = memory_size if memory_size is not None or knn is None else knn.memory_size
@@ -45,9 +47,20 @@ def empty_stores(
         raise ValueError(msg)
     if knn is None or not size:
         return {}
+    num_buckets = _num_buckets(knn) or 1
+    if make_store is None and size < num_buckets:
+        msg = (
+            f"memory_size must be 0 or at least the {num_buckets} buckets of the strided search, "
+            f"got {size}. Raise it, or use search='exact'."
+        )
+        raise ValueError(msg)
     make = make_store or _maker(layout, device)
     shape = (batch_size, layout.num_kv_heads, size, layout.head_dim)
     return {layer: make(*shape) for layer in knn.layers}
+
+
+def _num_buckets(knn: KnnMemoryConfig) -> int | None:
+    return (knn.num_buckets or knn.top_k) if knn.search == "strided_bucket" else None
 
 
 def _maker(layout: MemoryLayout, device: torch.device | None) -> MakeStore:
@@ -57,7 +70,7 @@ def _maker(layout: MemoryLayout, device: torch.device | None) -> MakeStore:
         from byheart.memory.faiss_store import FaissStore
 
         return lambda *shape: FaissStore.empty(*shape, dtype=knn.torch_dtype)
-    num_buckets = (knn.num_buckets or knn.top_k) if knn.search == "strided_bucket" else None
+    num_buckets = _num_buckets(knn)
     return lambda *shape: DenseStore.empty(
         *shape,
         dtype=knn.torch_dtype,
