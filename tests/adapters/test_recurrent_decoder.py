@@ -228,6 +228,11 @@ def test_rows_that_have_ended_ask_for_no_logits(monkeypatch):
     assert wanted == [3, TEXT]
 
 
+def test_trainers_count_labels_as_for_any_language_model():
+    # the first is not predicted; a Decoder has no such word of its own
+    assert make("alone").loss_type == "ForCausalLM"
+
+
 @kinds
 @torch.no_grad()
 def test_a_new_document_forgets_the_one_before(kind):

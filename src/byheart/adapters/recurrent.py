@@ -107,7 +107,7 @@ class RecurrentMemory(nn.Module):
     @property
     def loss_type(self) -> str | None:
         """The loss of the model inside, by which transformers' `Trainer` counts the labels."""
-        return getattr(self.model, "loss_type", None)
+        return "ForCausalLM" if self.kind == "decoder" else getattr(self.model, "loss_type", None)
 
     @property
     def layout(self) -> RecurrentLayout:
