@@ -13,7 +13,7 @@ from byheart.config import load_config
 from byheart.data.tasks import Task
 from byheart.data.tokenize import Tokenizer, load_tokenizer
 from byheart.errors import CheckpointError
-from byheart.training.checkpoint import MODEL
+from byheart.training.checkpoint import CONFIG, MODEL, RESULT
 from byheart.training.stages import kept_stages, stage_directory
 from byheart.training.task_config import TaskRunConfig
 from byheart.training.task_model import make_task
@@ -29,7 +29,7 @@ __all__ = [
     "load_task_run",
 ]
 
-CONFIG, TOKENIZER, RESULT = "config.json", "tokenizer", "result.json"
+TOKENIZER = "tokenizer"
 # documents of the final evaluation are not those that the curriculum has looked at
 _FINAL_SEED = 1
 
