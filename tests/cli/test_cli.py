@@ -327,3 +327,37 @@ def test_the_module_can_be_run_as_a_script():
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.stdout.startswith("byheart ")
+
+
+@pytest.fixture
+def unwritable(tmp_path):
+    """A place where no directory can be made, for root neither."""
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    return file / "results"
+
+
+def test_what_cannot_be_written_is_refused_before_it_is_measured(
+    command, run_dir, unwritable, monkeypatch
+):
+    monkeypatch.setattr("byheart.cli.evaluate.evaluate_perplexity", pytest.fail)
+    monkeypatch.setattr("byheart.cli.evaluate.run_suite", pytest.fail)
+    for arguments in (
+        ["evaluate", run_dir],
+        ["evaluate", run_dir, "--suite", "passkey"],
+        ["reproduce", "memorize", "--quick"],
+        ["reproduce", "generalization", "--quick"],
+        ["reproduce", "flops"],
+    ):
+        code, out, err = command(*arguments, "--out", unwritable)
+        assert code == 2, err
+        assert f"one that can be written to, got {unwritable}" in err
+        assert "Nothing was computed. Name another with --out." in err
+        assert not out
+
+
+def test_measuring_a_run_that_is_not_there_makes_no_directory(command, tmp_path):
+    for name in ("evaluate", "evaluate-task"):
+        code, _, err = command(name, tmp_path / "nowhere")
+        assert code == 1, err
+        assert not (tmp_path / "nowhere").exists()

@@ -266,3 +266,16 @@ def test_a_task_recipe_can_be_a_function_in_a_file(command, tmp_path):
     code, out, err = command("train", f"{recipe}:rmt_detect", "--show")
     assert code == 0, err
     assert json.loads(out)["name"] == "rmt-detect"
+
+
+def test_every_run_and_the_place_for_results_are_looked_at_before_anything_is_measured(
+    command, run_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("byheart.cli.task.measure_run", pytest.fail)
+    code, _, err = command("evaluate-task", run_dir, tmp_path, "--out", tmp_path / "out")
+    assert code == 1
+    assert f"{tmp_path} must hold a finished run" in err
+    (tmp_path / "file").write_text("not a folder")
+    code, _, err = command("evaluate-task", run_dir, "--out", tmp_path / "file" / "out")
+    assert code == 2
+    assert "one that can be written to" in err

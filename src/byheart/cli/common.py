@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from byheart.config import write_text_atomic
 from byheart.data.documents import FolderAs, OnBad
 from byheart.data.token_cache import TokenizeProgress
 from byheart.data.tokenize import Tokenizer, load_tokenizer
@@ -157,6 +158,28 @@ def open_run(run_dir: Path, device: torch.device) -> TrainedModel:
     else:
         model = load_model(run_dir / "model", tokenizer_fingerprint=fingerprint, device=device)
     return TrainedModel(model, tokenizer, run_dir)
+
+
+def prepare_output(directory: Path) -> None:
+    """Make a directory and write into it, so that what hours of work find can be kept.
+
+    Args:
+        directory: For results.
+
+    Raises:
+        BadParameter: If it cannot be made or written to.
+    """
+    trial = directory / ".byheart-trial"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(trial, "")
+        trial.unlink(missing_ok=True)
+    except OSError as error:
+        msg = (
+            f"The directory of results must be one that can be written to, got {directory}: "
+            f"{error}. Nothing was computed. Name another with --out."
+        )
+        raise typer.BadParameter(msg) from error
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from byheart.cli.common import (
     find_device,
     open_run,
     parse_sizes,
+    prepare_output,
     print_json,
     progress_bar,
     reading_options,
@@ -122,9 +123,11 @@ def evaluate(
         caps = _Caps(rows=rows, max_documents=max_documents, max_tokens_per_document=max_tokens)
         _perplexity(model, documents, reading, sizes, _xl_cache(xl_cache or "with"), caps, place)
         return
+    trained = open_run(model, find_device(device))
+    prepare_output(place.out)
     run_suite(
         suite,
-        open_run(model, find_device(device)),
+        trained,
         options,
         background=documents,
         memory_sizes=sizes or (None,),
@@ -162,6 +165,7 @@ def _perplexity(
         msg = "Options for reading need DOCUMENTS: the run's own are read as the run read them."
         raise typer.BadParameter(msg)
     trained = open_run(model, find_device(place.device))
+    prepare_output(place.out)
     run = load_config(RunConfig, model / "config.json")
     if documents is None:
         documents, reading = _validation(run, model)
@@ -282,7 +286,6 @@ def _write(
 ) -> list[Path]:
     import json
 
-    directory.mkdir(parents=True, exist_ok=True)
     written = [directory / "result.json", directory / "result.md"]
     content = {"settings": settings, **result.to_dict()}
     write_text_atomic(written[0], json.dumps(content, indent=2, allow_nan=False))

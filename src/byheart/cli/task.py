@@ -13,6 +13,7 @@ from byheart.cli.common import (
     err_console,
     find_device,
     parse_sizes,
+    prepare_output,
     print_json,
     progress_bar,
 )
@@ -86,7 +87,12 @@ def evaluate_task(
     where = find_device(device)
     from byheart.evaluation.segments_plot import plot_accuracy_by_segments
     from byheart.evaluation.segments_result import RunsResult
+    from byheart.training.task_files import require_finished
 
+    for run in runs:
+        require_finished(run)
+    directory = out or runs[0] / "evaluation"
+    prepare_output(directory)
     found = RunsResult(
         runs=tuple(
             measure_run(run, lengths, samples=samples, rows=rows, device=str(where)) for run in runs
@@ -96,7 +102,7 @@ def evaluate_task(
     result = {"models": [str(run) for run in runs], **found.to_dict()}
     name = found.runs[0].task
     draw = (lambda path: plot_accuracy_by_segments({name: found}, path)) if plot else None
-    files = write_output(out or runs[0] / "evaluation", "segments", result, table, draw)
+    files = write_output(directory, "segments", result, table, draw)
     show_output(result, table, files, as_json=as_json)
 
 

@@ -140,13 +140,18 @@ def evaluate_probe(
         What became of each text.
 
     Raises:
-        ValueError: If there is no length, or a number is below 1.
+        ValueError: If there is no length, a number is below 1, or one of the texts is too short for
+            its facts; nothing has been read then.
     """
     numbers = {"samples": samples, "rows": rows, "the number of lengths": len(lengths)}
     for name, value in numbers.items():
         if value < 1:
             msg = f"{name} must be at least 1, got {value}."
             raise ValueError(msg)
+    for num_tokens in lengths:
+        for index in range(samples):
+            # refused now, not when the shorter ones have been read
+            probe.sample(index, num_tokens)
     total, done = sum(lengths) * samples * len(memory_sizes), 0
     measurements, num_candidates = [], 0
     for num_tokens in lengths:

@@ -27,6 +27,7 @@ __all__ = [
     "find_result",
     "listed",
     "load_task_run",
+    "require_finished",
 ]
 
 TOKENIZER = "tokenizer"
@@ -92,12 +93,8 @@ def load_task_run(run_dir: str | os.PathLike[str], *, stage: int | None = None) 
     directory = Path(run_dir)
     if stage is not None:
         _require_stage(directory, stage)
-    elif not (directory / MODEL).is_dir():
-        msg = (
-            f"{directory} must hold a finished run with {MODEL}/ and {TOKENIZER}/. Finish it with "
-            "resume=True (--resume), or name the directory of another."
-        )
-        raise CheckpointError(msg)
+    else:
+        require_finished(directory)
     model = directory / MODEL if stage is None else stage_directory(directory, stage)
     run = load_config(TaskRunConfig, directory / CONFIG)
     return TrainedTask(
@@ -105,6 +102,24 @@ def load_task_run(run_dir: str | os.PathLike[str], *, stage: int | None = None) 
         memory_model=load_recurrent(None, model),
         task=final_task(run, load_tokenizer(directory / TOKENIZER)),
     )
+
+
+def require_finished(run_dir: str | os.PathLike[str]) -> None:
+    """Refuse what is not a finished run, without loading it.
+
+    Args:
+        run_dir: Directory of the run.
+
+    Raises:
+        CheckpointError: If the run is not finished.
+    """
+    directory = Path(run_dir)
+    if not (directory / MODEL).is_dir():
+        msg = (
+            f"{directory} must hold a finished run with {MODEL}/ and {TOKENIZER}/. Finish it with "
+            "resume=True (--resume), or name the directory of another."
+        )
+        raise CheckpointError(msg)
 
 
 def final_task(run: TaskRunConfig, tokenizer: Tokenizer) -> Task:
