@@ -1,6 +1,7 @@
 """The command from the outside: a folder of text goes in, results come out."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -361,3 +362,28 @@ def test_measuring_a_run_that_is_not_there_makes_no_directory(command, tmp_path)
         code, _, err = command(name, tmp_path / "nowhere")
         assert code == 1, err
         assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_result_is_whole_whatever_standard_output_can_show(run_dir):
+    script = (
+        "from byheart.cli.main import main\n"
+        "from byheart.data.tokenize import ByteTokenizer\n"
+        "ByteTokenizer.decode = lambda self, ids: 'caf\\xe9 \\u2192'\n"
+        "main()"
+    )
+    arguments = ["generate", run_dir, "--prompt", "x", "--max-new-tokens", "1"]
+    shown = {}
+    for encoding in ("ascii", "utf-8"):
+        for option in ([], ["--json"]):
+            result = subprocess.run(
+                [sys.executable, "-c", script, *arguments, *option],
+                capture_output=True, check=False,
+                env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+            )  # fmt: skip
+            assert result.returncode == 0, result.stderr
+            shown[encoding, bool(option)] = result.stdout.decode(encoding)
+    assert shown["ascii", False] == "xcaf? ?\n"
+    assert shown["utf-8", False] == "xcaf\xe9 \u2192\n"
+    for encoding in ("ascii", "utf-8"):
+        assert json.loads(shown[encoding, True])["text"] == "caf\xe9 \u2192"
+    assert "caf\xe9" in shown["utf-8", True]

@@ -72,9 +72,14 @@ class TrainedModel(NamedTuple):
 
 
 def print_json(result: object) -> None:
-    """Write a result for other programs to standard output; NaN and infinities become null."""
-    json.dump(_finite(result), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    """Write a result for other programs to standard output; NaN and infinities become null.
+
+    It is written whole or not at all, and with escapes where the output is not UTF-8.
+    """
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
+    escape = encoding not in ("utf-8", "utf8")
+    text = json.dumps(_finite(result), indent=2, ensure_ascii=escape, allow_nan=False)
+    sys.stdout.write(text + "\n")
 
 
 def reading_options(

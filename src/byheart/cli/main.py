@@ -1,5 +1,6 @@
 """The `byheart` command."""
 
+import io
 import logging
 import sys
 from typing import Annotated
@@ -49,6 +50,10 @@ def options(
 
 def main() -> None:
     """Run the command; exit code 0 is done, 1 failed, 2 wrong usage."""
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal that cannot show a character shows another one in its place
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         # exits by itself: 0 when done, 2 for wrong usage, 1 for Ctrl-C
