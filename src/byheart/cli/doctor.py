@@ -50,7 +50,11 @@ def doctor(
     depth = count_layers(model)
     default = _DEFAULT_LAYER if depth is None else max(_DEFAULT_LAYER, -depth)
     size = _size(memory_size)
-    knn = {"layers": [default] if layers is None else _numbers(layers), "memory_size": size, "top_k": min(32, size)}
+    knn = {
+        "layers": [default] if layers is None else _numbers(layers),
+        "memory_size": size,
+        "top_k": min(32, size),
+    }
     options = {"segment_length": segment, "xl_cache_length": xl_cache}
     try:
         config = from_dict(AttachConfig, {**options, "knn": knn if size else None})
