@@ -387,3 +387,17 @@ def test_a_result_is_whole_whatever_standard_output_can_show(run_dir):
     for encoding in ("ascii", "utf-8"):
         assert json.loads(shown[encoding, True])["text"] == "caf\xe9 \u2192"
     assert "caf\xe9" in shown["utf-8", True]
+
+
+def test_documents_of_a_run_that_are_not_there_are_named_with_their_source(
+    command, run_dir, documents, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["validation"] = "my/books"
+    (copy / "config.json").write_text(json.dumps(config))
+    code, _, err = command("evaluate", copy)
+    assert code == 1
+    assert f"must be where {copy / 'config.json'} says, my/books, and are not there" in err
+    assert f"Name them: byheart evaluate {copy} DOCUMENTS" in err

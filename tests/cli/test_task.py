@@ -279,3 +279,16 @@ def test_every_run_and_the_place_for_results_are_looked_at_before_anything_is_me
     code, _, err = command("evaluate-task", run_dir, "--out", tmp_path / "file" / "out")
     assert code == 2
     assert "one that can be written to" in err
+
+
+def test_documents_of_a_run_that_are_not_there_are_named_with_their_source(
+    command, run_dir, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["task"]["validation_background"] = "my/stories"
+    (copy / "config.json").write_text(json.dumps(config))
+    code, _, err = command("evaluate-task", copy, "--segments", "1")
+    assert code == 1
+    assert f"must be where {copy / 'config.json'} says, my/stories, and are not there" in err

@@ -207,6 +207,13 @@ def _validation(run: RunConfig, model: Path) -> tuple[Path, ReadingOptions]:
         msg = f"The run {model} has no validation documents. Name some: byheart evaluate {model} "
         msg += "DOCUMENTS"
         raise DataError(msg)
+    if not Path(data.validation).exists():
+        msg = (
+            f"The validation documents of the run must be where {model / 'config.json'} says, "
+            f"{data.validation}, and are not there (relative paths are sought from here, "
+            f"{Path.cwd()}). Name them: byheart evaluate {model} DOCUMENTS"
+        )
+        raise DataError(msg)
     reading = ReadingOptions(on_bad=data.on_bad, folder_as=data.folder_as, text_key=data.text_key)
     if data.suffixes is not None:
         reading["suffixes"] = data.suffixes

@@ -12,7 +12,7 @@ from byheart.adapters.recurrent_saving import load_recurrent
 from byheart.config import load_config
 from byheart.data.tasks import Task
 from byheart.data.tokenize import Tokenizer, load_tokenizer
-from byheart.errors import CheckpointError
+from byheart.errors import CheckpointError, DataError
 from byheart.training.checkpoint import CONFIG, MODEL, RESULT
 from byheart.training.stages import kept_stages, stage_directory
 from byheart.training.task_config import TaskRunConfig
@@ -89,6 +89,7 @@ def load_task_run(run_dir: str | os.PathLike[str], *, stage: int | None = None) 
 
     Raises:
         CheckpointError: If the run is not finished, or has not kept the stage.
+        DataError: If its documents are not where its config says.
     """
     directory = Path(run_dir)
     if stage is not None:
@@ -97,6 +98,7 @@ def load_task_run(run_dir: str | os.PathLike[str], *, stage: int | None = None) 
         require_finished(directory)
     model = directory / MODEL if stage is None else stage_directory(directory, stage)
     run = load_config(TaskRunConfig, directory / CONFIG)
+    _require_files(run, directory)
     return TrainedTask(
         run=run,
         memory_model=load_recurrent(None, model),
@@ -134,6 +136,18 @@ def final_task(run: TaskRunConfig, tokenizer: Tokenizer) -> Task:
     """
     seed = run.training.seed + _FINAL_SEED
     return make_task(run, tokenizer, is_training=False, seed=seed)
+
+
+def _require_files(run: TaskRunConfig, directory: Path) -> None:
+    # the background of training is not read again
+    for path in (run.task.facts, run.task.validation_background):
+        if path is not None and not Path(path).exists():
+            msg = (
+                f"The documents of the run must be where {directory / CONFIG} says, {path}, and "
+                f"are not there (relative paths are sought from here, {Path.cwd()}). Go where the "
+                "run was trained, or write the path into that file."
+            )
+            raise DataError(msg)
 
 
 def _require_stage(directory: Path, stage: int) -> None:
