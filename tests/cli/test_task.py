@@ -292,3 +292,14 @@ def test_documents_of_a_run_that_are_not_there_are_named_with_their_source(
     code, _, err = command("evaluate-task", copy, "--segments", "1")
     assert code == 1
     assert f"must be where {copy / 'config.json'} says, my/stories, and are not there" in err
+
+
+def test_each_kind_of_run_names_the_command_that_measures_it(command, run_dir, tmp_path):
+    for name in ("evaluate", "generate"):
+        code, _, err = command(name, run_dir)
+        assert code == 1
+        assert f"has learned a task. Measure it with: byheart evaluate-task {run_dir}" in err
+    (tmp_path / "config.json").write_text('{"name": "mine", "model": {}}')
+    code, _, err = command("evaluate-task", tmp_path)
+    assert code == 1
+    assert f"has learned documents. Measure it with: byheart evaluate {tmp_path}" in err

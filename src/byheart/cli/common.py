@@ -141,8 +141,15 @@ def open_run(run_dir: Path, device: torch.device) -> TrainedModel:
         Model in evaluation mode, and its tokenizer.
 
     Raises:
-        CheckpointError: If the run is not finished, or model and tokenizer do not belong together.
+        CheckpointError: If the run is not finished, has learned a task, or model and tokenizer do
+            not belong together.
     """
+    if learned_task(run_dir / "config.json"):
+        msg = (
+            f"{run_dir} must hold a run that has learned documents, and holds one that has learned "
+            f"a task. Measure it with: byheart evaluate-task {run_dir}"
+        )
+        raise CheckpointError(msg)
     if not (run_dir / "model").is_dir():
         hint = (
             f"Finish it with: byheart train {run_dir / 'config.json'} --out {run_dir} --resume"
@@ -185,6 +192,22 @@ def prepare_output(directory: Path) -> None:
             f"{error}. Nothing was computed. Name another with --out."
         )
         raise typer.BadParameter(msg) from error
+
+
+def learned_task(config: Path) -> bool:
+    """Tell the two kinds of runs apart by their config.
+
+    Args:
+        config: The file; it may be missing or anything else.
+
+    Returns:
+        Whether it is that of a run that learns a task.
+    """
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "task" in content
 
 
 @contextmanager

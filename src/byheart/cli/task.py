@@ -12,12 +12,14 @@ from byheart.cli.common import (
     DeviceOption,
     err_console,
     find_device,
+    learned_task,
     parse_sizes,
     prepare_output,
     print_json,
     progress_bar,
 )
 from byheart.cli.reproduce_output import JsonOption, PlotOption, show_output, write_output
+from byheart.errors import CheckpointError
 from byheart.training.task_config import TaskRunConfig
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ def evaluate_task(
     from byheart.training.task_files import require_finished
 
     for run in runs:
+        _require_task(run)
         require_finished(run)
     directory = out or runs[0] / "evaluation"
     prepare_output(directory)
@@ -104,6 +107,16 @@ def evaluate_task(
     draw = (lambda path: plot_accuracy_by_segments({name: found}, path)) if plot else None
     files = write_output(directory, "segments", result, table, draw)
     show_output(result, table, files, as_json=as_json)
+
+
+def _require_task(run: Path) -> None:
+    config = run / "config.json"
+    if config.is_file() and not learned_task(config):
+        msg = (
+            f"{run} must hold a run that has learned a task, and holds one that has learned "
+            f"documents. Measure it with: byheart evaluate {run}"
+        )
+        raise CheckpointError(msg)
 
 
 def parse_segments(text: str) -> tuple[int, ...]:
