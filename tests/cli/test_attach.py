@@ -80,7 +80,14 @@ def test_train_evaluate_and_generate(command, model, tmp_path):
             ["attach", "--model", "MODEL", "--data", "TEXTS", LAYER_9], 1,
             "knn.layers must be between 0 and 3",
         ),
-        (["attach", "--model", "TEXTS", "--data", "TEXTS"], 1, "TEXTS"),
+        (
+            ["attach", "--model", "TEXTS", "--data", "TEXTS"], 1,
+            "texts: it has no config.json. Check the path.",
+        ),
+        (
+            ["attach", "--model", "WRONG", "--data", "TEXTS"], 1,
+            "config.json and weights of a Hugging Face model, got WRONG: there is no such folder",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(command, model, tmp_path, arguments, code, message):

@@ -36,7 +36,13 @@ from byheart.training.config import SHORT_LOSS, EvaluationConfig, RunConfig
 from byheart.training.data import RunData, load_data, make_dataset
 from byheart.training.identity import FREE_TO_CHANGE, run_identity
 from byheart.training.metrics import MetricsFile, plain_number
-from byheart.training.models import TrainableModel, make_model, model_identity, save_trained
+from byheart.training.models import (
+    TrainableModel,
+    make_model,
+    model_identity,
+    require_model,
+    save_trained,
+)
 from byheart.training.trainer import METRICS, MemoryTrainer
 
 __all__ = ["TrainResult", "refuse_existing", "train"]
@@ -157,6 +163,7 @@ def _prepare(
         What the run is made of.
     """
     is_main = arguments.process_index == 0
+    require_model(run)
     checkpoint = find_start(out, run, _FREE) if resume else None
     data = load_data(
         run.data,
