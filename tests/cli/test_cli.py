@@ -288,6 +288,16 @@ def test_learning_a_tokenizer_says_so(command, documents, tmp_path, small):
     assert f"Learning a BPE of 270 tokens from {documents}" in err
 
 
+def test_paths_are_looked_at_before_a_tokenizer_is_learned(command, documents, tmp_path):
+    code, _, err = command(
+        "train", "text", "--data", documents, "--validation", tmp_path / "nope", "--out",
+        tmp_path / "run", "--set=data.tokenizer=bpe:270",
+    )  # fmt: skip
+    assert code == 1
+    assert "nope must be an existing file or folder" in err
+    assert "Learning a BPE" not in err
+
+
 def test_tokenizing_shows_a_bar_that_ends_before_training(documents, monkeypatch, capsys):
     monkeypatch.setattr(train_command, "err_console", console := Console(force_terminal=True))
     monkeypatch.setattr(common, "err_console", console)
