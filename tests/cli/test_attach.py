@@ -1,6 +1,8 @@
 """`byheart train attach`: a memory on a pretrained model, from the command line."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -68,6 +70,26 @@ def test_train_evaluate_and_generate(command, model, tmp_path):
         "generate", tmp_path / "run", "--memory", tmp_path / "memory", "--prompt", "a dog"
     )
     assert code == 0, err
+
+
+def test_standard_error_has_no_bars_without_a_terminal_and_each_warning_once(model):
+    script = (
+        "import logging\n"
+        "from byheart.cli import doctor\n"
+        "from byheart.cli.main import main\n"
+        "def warn(text):\n"
+        "    from transformers import AutoModelForCausalLM\n"
+        f"    AutoModelForCausalLM.from_pretrained({str(model)!r})\n"
+        "    logging.getLogger('huggingface_hub.file').warning('of the hub')\n"
+        "    logging.getLogger('byheart.file').warning('of byheart')\n"
+        "    raise ValueError('done')\n"
+        "doctor._size = warn\n"
+        "main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, "doctor", model], capture_output=True, text=True, check=False
+    )
+    assert result.stderr.splitlines() == ["of the hub", "WARNING: of byheart", "error: done"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 from typing import Annotated
 
@@ -54,13 +55,25 @@ def main() -> None:
         # a terminal that cannot show a character shows another one in its place
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    if not sys.stderr.isatty():
+        # bars of transformers and of the hub; read when they are imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    handler = logging.StreamHandler()
+    handler.addFilter(_is_not_shown_elsewhere)
+    logging.basicConfig(
+        format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[handler]
+    )
     try:
         # exits by itself: 0 when done, 2 for wrong usage, 1 for Ctrl-C
         app()
     except (ByheartError, ValueError, TypeError, ImportError, OSError) as error:
         err_console.print(f"[bold red]error:[/] {_message(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _is_not_shown_elsewhere(record: logging.LogRecord) -> bool:
+    # the hub's library has a handler of its own, and passes its warnings on nevertheless
+    return not logging.getLogger(record.name.partition(".")[0]).handlers
 
 
 def _message(error: Exception) -> str:
