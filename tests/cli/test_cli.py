@@ -152,6 +152,8 @@ def test_generate_goes_on_from_a_saved_memory(command, run_dir, documents, tmp_p
     )  # fmt: skip
     assert code == 0, err
     assert out.startswith("the cat")
+    num_read = 1 + (documents / "one.txt").stat().st_size
+    assert f"{num_read:,} tokens had been read; the kNN memory held 128 of 128 entries" in err
     code, again, err = command(
         "generate", run_dir, "--memory", tmp_path / "notes", "--prompt", "the cat",
         "--max-new-tokens", 9, "--temperature", 0, "--json",
@@ -160,7 +162,11 @@ def test_generate_goes_on_from_a_saved_memory(command, run_dir, documents, tmp_p
     result = json.loads(again)
     assert "the cat" + result["text"] == out.removesuffix("\n")
     # the start token and the document
-    assert result["num_tokens_before"] == 1 + (documents / "one.txt").stat().st_size
+    assert result["num_tokens_before"] == num_read
+    assert result["num_entries_before"] == result["memory_size"] == 128
+    code, _, err = command("generate", run_dir, "--prompt", "x", "--memory-size", "0")
+    assert code == 0
+    assert "0 tokens had been read; the kNN memory was off" in err
 
 
 def test_tokenizer_and_stats(command, documents, tmp_path):

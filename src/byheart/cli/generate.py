@@ -73,7 +73,8 @@ def generate(
         state = _read(loaded, tokenizer, state, iter_documents(read, **reading))
     if save_memory is not None:
         loaded.save_state(state, save_memory)
-    num_read = int(state.position[0])
+    num_read, num_held = int(state.position[0]), _num_held(state)
+    size = state.memory_size
     ids = _tokens(tokenizer, prompt, state)
     if ids.shape[1] == 0:
         msg = "Give --prompt a text to continue."
@@ -91,10 +92,22 @@ def generate(
     tokens = [token for token in added if token != tokenizer.start_id]
     text = tokenizer.decode(tokens)
     if as_json:
-        print_json({"text": text, "num_tokens": len(tokens), "num_tokens_before": num_read})
+        print_json(
+            {
+                "text": text,
+                "num_tokens": len(tokens),
+                "num_tokens_before": num_read,
+                "num_entries_before": num_held,
+                "memory_size": size,
+            }
+        )
     else:
         print(prompt + text)
-        err_console.print(f"{num_read:,} tokens were in memory.", highlight=False)
+        held = f"held {num_held:,} of {size:,} entries" if size else "was off"
+        err_console.print(
+            f"Before the prompt {num_read:,} tokens had been read; the kNN memory {held}.",
+            highlight=False,
+        )
 
 
 def _tokens(tokenizer: Tokenizer, text: str, state: MemoryState) -> torch.Tensor:
@@ -102,6 +115,12 @@ def _tokens(tokenizer: Tokenizer, text: str, state: MemoryState) -> torch.Tensor
     if tokenizer.start_id is not None and int(state.position[0]) == 0:
         ids.insert(0, tokenizer.start_id)
     return torch.tensor([ids], dtype=torch.long, device=state.position.device)
+
+
+def _num_held(state: MemoryState) -> int:
+    # segments that are not complete are not in memory yet, and old entries have left it
+    held = [min(int(s.num_written[0]), s.memory_size) for s in state.stores.values()]
+    return max(held, default=0)
 
 
 def _open_memory(model: SegmentModel, saved: Path | None, memory_size: int | None) -> MemoryState:
