@@ -303,3 +303,9 @@ def test_each_kind_of_run_names_the_command_that_measures_it(command, run_dir, t
     code, _, err = command("evaluate-task", tmp_path)
     assert code == 1
     assert f"has learned documents. Measure it with: byheart evaluate {tmp_path}" in err
+
+
+def test_several_runs_need_a_directory_of_their_own(command, run_dir, tmp_path):
+    code, _, err = command("evaluate-task", run_dir, run_dir, "--segments", "1")
+    assert code == 2
+    assert "belongs to none of them. Name its directory with --out" in err

@@ -79,12 +79,18 @@ def evaluate_task(
     rows: Annotated[int, typer.Option(min=1, help="Documents read side by side.")] = 50,
     device: DeviceOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Directory for result and plot; default: RUN/evaluation.")
+        Path | None,
+        typer.Option(
+            help="Directory for result and plot; default: RUN/evaluation. Several runs need one."
+        ),
     ] = None,
     plot: PlotOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the accuracy on a task by number of segments."""
+    if out is None and len(runs) > 1:
+        msg = "The result of several runs belongs to none of them. Name its directory with --out."
+        raise typer.BadParameter(msg)
     lengths = parse_segments(segments)
     where = find_device(device)
     from byheart.evaluation.segments_plot import plot_accuracy_by_segments
