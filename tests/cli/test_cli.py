@@ -18,6 +18,7 @@ from byheart.cli.common import parse_sizes
 from byheart.data.tokenize import ByteTokenizer
 from byheart.models.checkpoint import load_model
 from byheart.models.fingerprint import model_fingerprint
+from byheart.training.stop import TrainingInterruptedError
 
 
 def test_a_run_leaves_config_log_and_model(run_dir):
@@ -221,12 +222,38 @@ def test_a_recipe_can_be_a_function_in_a_file(command, tmp_path, documents):
         (["evaluate", "x", "--device", "abacus"], "--device must be a device of this machine"),
         (["generate", "x", "--device", "cuda:99"], "--device must be a device of this machine"),
         (["data", "stats", "x", "--folder-as", "book"], "must be file or folder"),
+        (["data", "stats", "x", "--segment-length", "0"], "Invalid value for '--segment-length'"),
+        (["generate", "x", "--temperature", "-1"], "Invalid value for '--temperature'"),
+        (["generate", "x", "--top-k", "0"], "Invalid value for '--top-k'"),
+        (["generate", "x", "--top-p", "0"], "Invalid value for '--top-p': must be above 0"),
+        (["generate", "x", "--top-p", "1.5"], "Invalid value for '--top-p'"),
+        (["generate", "x", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["generate", "x", "--seed", str(2**64)], "Invalid value for '--seed'"),
+        (["train", "demo", "--resume", "--overwrite"], "--resume goes on with the run that"),
+        (
+            ["tokenizer", "train", "x", "--out", "y", "--vocab-size", "9"],
+            "Invalid value for '--vocab-size'",
+        ),
     ],
 )
 def test_wrong_usage_exits_with_2(command, arguments, message):
     code, _, err = command(*arguments)
     assert code == 2
     assert message in err
+
+
+def test_what_is_stopped_exits_with_130_and_a_line(command, run_dir, monkeypatch):
+    for error, line in (
+        (KeyboardInterrupt(), "Stopped by Ctrl-C."),
+        (TrainingInterruptedError("Training was stopped."), "error: Training was stopped."),
+    ):
+
+        def stop(*arguments, error=error):
+            raise error
+
+        monkeypatch.setattr("byheart.cli.generate.open_run", stop)
+        code, out, err = command("generate", run_dir, "--prompt", "x")
+        assert (code, out, err) == (130, "", line)
 
 
 def test_failures_exit_with_1_and_one_clear_line(command, run_dir, documents, tmp_path, small):

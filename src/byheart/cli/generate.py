@@ -31,6 +31,15 @@ from byheart.models.streaming import read_tokens
 
 # tokens given to the model between two moves of the progress bar
 _PIECE = 4096
+# what torch takes
+_MAX_SEED = 2**64 - 1
+
+
+def _above_zero(value: float | None) -> float | None:
+    if value is not None and not value > 0:
+        msg = f"must be above 0, got {value}."
+        raise typer.BadParameter(msg)
+    return value
 
 
 def register(app: typer.Typer) -> None:
@@ -56,11 +65,14 @@ def generate(
         Path | None, typer.Option(help="Keep what was read, before prompt and new text.")
     ] = None,
     memory_size: Annotated[int | None, typer.Option(help="Entries, if not the model's.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Among the so many most likely.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Among those with this probability.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Among the so many most likely.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(max=1, callback=_above_zero, help="Among those with this probability."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Of the sampling.")] = 0,
     device: DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:

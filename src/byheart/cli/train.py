@@ -74,6 +74,9 @@ def train(
     if list_recipes:
         _list_recipes()
         return
+    if resume and overwrite:
+        msg = "--resume goes on with the run that --overwrite removes. Choose one."
+        raise typer.BadParameter(msg)
     if not recipe:
         msg = f"Name a recipe: {_recipe_names()}; a config.json; or FILE.py:FUNCTION."
         raise typer.BadParameter(msg)
