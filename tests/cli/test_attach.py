@@ -83,7 +83,7 @@ def test_standard_error_has_no_bars_without_a_terminal_and_each_warning_once(mod
         "    logging.getLogger('huggingface_hub.file').warning('of the hub')\n"
         "    logging.getLogger('byheart.file').warning('of byheart')\n"
         "    raise ValueError('done')\n"
-        "doctor._size = warn\n"
+        "doctor.parse_size = warn\n"
         "main()"
     )
     result = subprocess.run(

@@ -165,6 +165,9 @@ def test_generate_goes_on_from_a_saved_memory(command, run_dir, documents, tmp_p
     # the start token and the document
     assert result["num_tokens_before"] == num_read
     assert result["num_entries_before"] == result["memory_size"] == 128
+    code, _, err = command("generate", run_dir, "--prompt", "x", "--memory-size", "1K")
+    assert code == 0
+    assert "the kNN memory held 0 of 1,024 entries" in err
     code, _, err = command("generate", run_dir, "--prompt", "x", "--memory-size", "0")
     assert code == 0
     assert "0 tokens had been read; the kNN memory was off" in err
@@ -224,6 +227,7 @@ def test_a_recipe_can_be_a_function_in_a_file(command, tmp_path, documents):
         (["data", "stats", "x", "--folder-as", "book"], "must be file or folder"),
         (["data", "stats", "x", "--segment-length", "0"], "Invalid value for '--segment-length'"),
         (["generate", "x", "--temperature", "-1"], "Invalid value for '--temperature'"),
+        (["generate", "x", "--memory-size", "8K,9K"], "--memory-size must be one size such as"),
         (["generate", "x", "--top-k", "0"], "Invalid value for '--top-k'"),
         (["generate", "x", "--top-p", "0"], "Invalid value for '--top-p': must be above 0"),
         (["generate", "x", "--top-p", "1.5"], "Invalid value for '--top-p'"),

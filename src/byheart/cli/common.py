@@ -194,6 +194,23 @@ def prepare_output(directory: Path) -> None:
         raise typer.BadParameter(msg) from error
 
 
+def parse_size(text: str) -> int:
+    """Read the size of a memory, such as `8192` or `64K`.
+
+    Returns:
+        The number; K and M are powers of 1024.
+
+    Raises:
+        BadParameter: If it is no size, or more than one.
+    """
+    try:
+        (size,) = parse_sizes(text)
+    except ValueError as error:
+        msg = f"--memory-size must be one size such as 8192 or 64K, got {text!r}."
+        raise typer.BadParameter(msg) from error
+    return size
+
+
 def learned_task(config: Path) -> bool:
     """Tell the two kinds of runs apart by their config.
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from byheart.cli.common import parse_sizes, print_json
+from byheart.cli.common import parse_size, print_json
 from byheart.config import apply_overrides, from_dict
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def doctor(
 
     depth = count_layers(model)
     default = _DEFAULT_LAYER if depth is None else max(_DEFAULT_LAYER, -depth)
-    size = _size(memory_size)
+    size = parse_size(memory_size)
     knn = {
         "layers": [default] if layers is None else _numbers(layers),
         "memory_size": size,
@@ -70,15 +70,6 @@ def doctor(
         print(_text(model, diagnosis))
     if not diagnosis.is_supported:
         raise typer.Exit(1)
-
-
-def _size(text: str) -> int:
-    try:
-        (size,) = parse_sizes(text)
-    except ValueError as error:
-        msg = f"--memory-size must be one size such as 8192 or 64K, got {text!r}."
-        raise typer.BadParameter(msg) from error
-    return size
 
 
 def _numbers(text: str) -> list[int]:

@@ -17,6 +17,7 @@ from byheart.cli.common import (
     err_console,
     find_device,
     open_run,
+    parse_size,
     print_json,
     progress_bar,
     reading_options,
@@ -64,7 +65,9 @@ def generate(
     save_memory: Annotated[
         Path | None, typer.Option(help="Keep what was read, before prompt and new text.")
     ] = None,
-    memory_size: Annotated[int | None, typer.Option(help="Entries, if not the model's.")] = None,
+    memory_size: Annotated[
+        str | None, typer.Option(help="Entries, if not the model's: 8192 or 64K; 0 for none.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Among the so many most likely.")] = None,
@@ -79,8 +82,9 @@ def generate(
     """Continue a text, with everything read before it in memory."""
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     reading = reading_options(folder_as, skip_bad, text_key, suffix)
+    entries = None if memory_size is None else parse_size(memory_size)
     loaded, tokenizer, _ = open_run(model, find_device(device))
-    state = _open_memory(loaded, memory, memory_size)
+    state = _open_memory(loaded, memory, entries)
     if read is not None:
         state = _read(loaded, tokenizer, state, iter_documents(read, **reading))
     if save_memory is not None:
