@@ -275,6 +275,14 @@ def test_failures_exit_with_1_and_one_clear_line(command, run_dir, documents, tm
             ["train", "text", "--data", tmp_path / "nowhere", *small],
             "existing file or folder",
         ),
+        (
+            ["train", "text", "--data", documents, "--out", latin, *small],
+            f"out_dir (--out) must be a directory, and {latin} is a file",
+        ),
+        (
+            ["train", "rmt-memorize", "--out", latin / "run"],
+            f"out_dir (--out) must be a directory, and {latin} is a file",
+        ),
         (["evaluate", tmp_path], "must hold a finished run"),
         (["train", "text", "--data", documents, "--out", run_dir, *small], "resume"),
         (["generate", run_dir, "--prompt", "x", "--memory", tmp_path / "nowhere"], "no directory"),
