@@ -43,6 +43,21 @@ def _above_zero(value: float | None) -> float | None:
     return value
 
 
+_ReadOption = Annotated[
+    Path | None, typer.Option(help="Text or folder to read into memory before the prompt.")
+]
+_MemorySizeOption = Annotated[
+    str | None, typer.Option(help="Entries, if not the model's: 8192 or 64K; 0 for none.")
+]
+_TemperatureOption = Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")]
+_TopKOption = Annotated[int | None, typer.Option(min=1, help="Among the so many most likely.")]
+_TopPOption = Annotated[
+    float | None,
+    typer.Option(max=1, callback=_above_zero, help="Among those with this probability."),
+]
+_SeedOption = Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Of the sampling.")]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("generate")(generate)
@@ -52,9 +67,7 @@ def generate(
     model: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     *,
-    read: Annotated[
-        Path | None, typer.Option(help="Text or folder to read into memory before the prompt.")
-    ] = None,
+    read: _ReadOption = None,
     folder_as: FolderAsOption = None,
     skip_bad: SkipBadOption = False,
     text_key: TextKeyOption = None,
@@ -65,17 +78,12 @@ def generate(
     save_memory: Annotated[
         Path | None, typer.Option(help="Keep what was read, before prompt and new text.")
     ] = None,
-    memory_size: Annotated[
-        str | None, typer.Option(help="Entries, if not the model's: 8192 or 64K; 0 for none.")
-    ] = None,
+    memory_size: _MemorySizeOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Among the so many most likely.")] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(max=1, callback=_above_zero, help="Among those with this probability."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Of the sampling.")] = 0,
+    temperature: _TemperatureOption = 0.8,
+    top_k: _TopKOption = None,
+    top_p: _TopPOption = None,
+    seed: _SeedOption = 0,
     device: DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -89,8 +97,11 @@ def generate(
         state = _read(loaded, tokenizer, state, iter_documents(read, **reading))
     if save_memory is not None:
         loaded.save_state(state, save_memory)
-    num_read, num_held = int(state.position[0]), _num_held(state)
-    size = state.memory_size
+    before = {
+        "num_tokens_before": int(state.position[0]),
+        "num_entries_before": _num_held(state),
+        "memory_size": state.memory_size,
+    }
     ids = _tokens(tokenizer, prompt, state)
     if ids.shape[1] == 0:
         msg = "Give --prompt a text to continue."
@@ -108,22 +119,10 @@ def generate(
     tokens = [token for token in added if token != tokenizer.start_id]
     text = tokenizer.decode(tokens)
     if as_json:
-        print_json(
-            {
-                "text": text,
-                "num_tokens": len(tokens),
-                "num_tokens_before": num_read,
-                "num_entries_before": num_held,
-                "memory_size": size,
-            }
-        )
+        print_json({"text": text, "num_tokens": len(tokens), **before})
     else:
         print(prompt + text)
-        held = f"held {num_held:,} of {size:,} entries" if size else "was off"
-        err_console.print(
-            f"Before the prompt {num_read:,} tokens had been read; the kNN memory {held}.",
-            highlight=False,
-        )
+        err_console.print(_described(*before.values()), highlight=False)
 
 
 def _tokens(tokenizer: Tokenizer, text: str, state: MemoryState) -> torch.Tensor:
@@ -131,6 +130,11 @@ def _tokens(tokenizer: Tokenizer, text: str, state: MemoryState) -> torch.Tensor
     if tokenizer.start_id is not None and int(state.position[0]) == 0:
         ids.insert(0, tokenizer.start_id)
     return torch.tensor([ids], dtype=torch.long, device=state.position.device)
+
+
+def _described(num_read: int, num_held: int, memory_size: int) -> str:
+    held = f"held {num_held:,} of {memory_size:,} entries" if memory_size else "was off"
+    return f"Before the prompt {num_read:,} tokens had been read; the kNN memory {held}."
 
 
 def _num_held(state: MemoryState) -> int:
