@@ -1,10 +1,12 @@
 """`byheart train attach`: a memory on a pretrained model, from the command line."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, ModernBertConfig
 
 from byheart.data.tokenize import BpeTokenizer
 
@@ -70,6 +72,26 @@ def test_train_evaluate_and_generate(command, model, tmp_path):
     assert code == 0, err
 
 
+def test_standard_error_has_no_bars_without_a_terminal_and_each_warning_once(model):
+    script = (
+        "import logging\n"
+        "from byheart.cli import doctor\n"
+        "from byheart.cli.main import main\n"
+        "def warn(text):\n"
+        "    from transformers import AutoModelForCausalLM\n"
+        f"    AutoModelForCausalLM.from_pretrained({str(model)!r})\n"
+        "    logging.getLogger('huggingface_hub.file').warning('of the hub')\n"
+        "    logging.getLogger('byheart.file').warning('of byheart')\n"
+        "    raise ValueError('done')\n"
+        "doctor.parse_size = warn\n"
+        "main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, "doctor", model], capture_output=True, text=True, check=False
+    )
+    assert result.stderr.splitlines() == ["of the hub", "WARNING: of byheart", "error: done"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -80,7 +102,14 @@ def test_train_evaluate_and_generate(command, model, tmp_path):
             ["attach", "--model", "MODEL", "--data", "TEXTS", LAYER_9], 1,
             "knn.layers must be between 0 and 3",
         ),
-        (["attach", "--model", "TEXTS", "--data", "TEXTS"], 1, "TEXTS"),
+        (
+            ["attach", "--model", "TEXTS", "--data", "TEXTS"], 1,
+            "texts: it has no config.json. Check the path.",
+        ),
+        (
+            ["attach", "--model", "WRONG", "--data", "TEXTS"], 1,
+            "config.json and weights of a Hugging Face model, got WRONG: there is no such folder",
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(command, model, tmp_path, arguments, code, message):
@@ -94,16 +123,32 @@ def test_what_does_not_fit_is_refused(command, model, tmp_path, arguments, code,
 def test_the_doctor(command, model):
     code, out, err = command("doctor", model, "--layers", "2", "--memory-size", "1K")
     assert code == 0, err
-    assert "can have this memory" in out
+    assert "can have a kNN memory" in out
     assert "Memory in model.layers.2.self_attn: 0.1 MiB per row" in out
-    code, out, _ = command("doctor", model, "--layers", "9", "--json")
-    assert code == 1
-    assert json.loads(out)["is_supported"] is False
+    code, out, _ = command("doctor", model, "--set", "knn.combine=gate", "--json")
+    assert code == 0
+    assert json.loads(out)["memory_layers"] == ["model.layers.0.self_attn"]
     for arguments, message in (
         (["--layers", "x"], "must be numbers"),
+        (["--layers", "9"], "--layers must be between 0 and 3, or count from the end between -4"),
+        (["--set", "knn.layers=[-5]"], "and -1, for a model of 4 layers, got -5"),
         (["--memory-size", "1,2"], "must be one size"),
         (["--set", "gate=wide"], "gate"),
     ):
         code, _, err = command("doctor", model, *arguments)
         assert code == 2
         assert message in err
+
+
+def test_the_doctor_takes_shallow_models_and_sends_encoders_elsewhere(command, tmp_path):
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaConfig(intermediate_size=8, vocab_size=99, **shape).save_pretrained(tmp_path / "llama")
+    code, out, err = command("doctor", tmp_path / "llama")
+    assert code == 0, err
+    assert "Memory in model.layers.0.self_attn" in out
+    ModernBertConfig(intermediate_size=8, vocab_size=99, **shape).save_pretrained(tmp_path / "bert")
+    code, out, _ = command("doctor", tmp_path / "bert")
+    assert code == 1
+    assert "(modernbert) cannot have a kNN memory." in out
+    assert "can have a recurrent memory: byheart.RecurrentMemory" in out
+    assert "GPT2Config" not in out

@@ -1,6 +1,7 @@
 """The command from the outside: a folder of text goes in, results come out."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from byheart.cli.common import parse_sizes
 from byheart.data.tokenize import ByteTokenizer
 from byheart.models.checkpoint import load_model
 from byheart.models.fingerprint import model_fingerprint
+from byheart.training.stop import TrainingInterruptedError
 
 
 def test_a_run_leaves_config_log_and_model(run_dir):
@@ -151,6 +153,8 @@ def test_generate_goes_on_from_a_saved_memory(command, run_dir, documents, tmp_p
     )  # fmt: skip
     assert code == 0, err
     assert out.startswith("the cat")
+    num_read = 1 + (documents / "one.txt").stat().st_size
+    assert f"{num_read:,} tokens had been read; the kNN memory held 128 of 128 entries" in err
     code, again, err = command(
         "generate", run_dir, "--memory", tmp_path / "notes", "--prompt", "the cat",
         "--max-new-tokens", 9, "--temperature", 0, "--json",
@@ -159,7 +163,14 @@ def test_generate_goes_on_from_a_saved_memory(command, run_dir, documents, tmp_p
     result = json.loads(again)
     assert "the cat" + result["text"] == out.removesuffix("\n")
     # the start token and the document
-    assert result["num_tokens_before"] == 1 + (documents / "one.txt").stat().st_size
+    assert result["num_tokens_before"] == num_read
+    assert result["num_entries_before"] == result["memory_size"] == 128
+    code, _, err = command("generate", run_dir, "--prompt", "x", "--memory-size", "1K")
+    assert code == 0
+    assert "the kNN memory held 0 of 1,024 entries" in err
+    code, _, err = command("generate", run_dir, "--prompt", "x", "--memory-size", "0")
+    assert code == 0
+    assert "0 tokens had been read; the kNN memory was off" in err
 
 
 def test_tokenizer_and_stats(command, documents, tmp_path):
@@ -214,12 +225,39 @@ def test_a_recipe_can_be_a_function_in_a_file(command, tmp_path, documents):
         (["evaluate", "x", "--device", "abacus"], "--device must be a device of this machine"),
         (["generate", "x", "--device", "cuda:99"], "--device must be a device of this machine"),
         (["data", "stats", "x", "--folder-as", "book"], "must be file or folder"),
+        (["data", "stats", "x", "--segment-length", "0"], "Invalid value for '--segment-length'"),
+        (["generate", "x", "--temperature", "-1"], "Invalid value for '--temperature'"),
+        (["generate", "x", "--memory-size", "8K,9K"], "--memory-size must be one size such as"),
+        (["generate", "x", "--top-k", "0"], "Invalid value for '--top-k'"),
+        (["generate", "x", "--top-p", "0"], "Invalid value for '--top-p': must be above 0"),
+        (["generate", "x", "--top-p", "1.5"], "Invalid value for '--top-p'"),
+        (["generate", "x", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["generate", "x", "--seed", str(2**64)], "Invalid value for '--seed'"),
+        (["train", "demo", "--resume", "--overwrite"], "--resume goes on with the run that"),
+        (
+            ["tokenizer", "train", "x", "--out", "y", "--vocab-size", "9"],
+            "Invalid value for '--vocab-size'",
+        ),
     ],
 )
 def test_wrong_usage_exits_with_2(command, arguments, message):
     code, _, err = command(*arguments)
     assert code == 2
     assert message in err
+
+
+def test_what_is_stopped_exits_with_130_and_a_line(command, run_dir, monkeypatch):
+    for error, line in (
+        (KeyboardInterrupt(), "Stopped by Ctrl-C."),
+        (TrainingInterruptedError("Training was stopped."), "error: Training was stopped."),
+    ):
+
+        def stop(*arguments, error=error):
+            raise error
+
+        monkeypatch.setattr("byheart.cli.generate.open_run", stop)
+        code, out, err = command("generate", run_dir, "--prompt", "x")
+        assert (code, out, err) == (130, "", line)
 
 
 def test_failures_exit_with_1_and_one_clear_line(command, run_dir, documents, tmp_path, small):
@@ -236,6 +274,14 @@ def test_failures_exit_with_1_and_one_clear_line(command, run_dir, documents, tm
         (
             ["train", "text", "--data", tmp_path / "nowhere", *small],
             "existing file or folder",
+        ),
+        (
+            ["train", "text", "--data", documents, "--out", latin, *small],
+            f"out_dir (--out) must be a directory, and {latin} is a file",
+        ),
+        (
+            ["train", "rmt-memorize", "--out", latin / "run"],
+            f"out_dir (--out) must be a directory, and {latin} is a file",
         ),
         (["evaluate", tmp_path], "must hold a finished run"),
         (["train", "text", "--data", documents, "--out", run_dir, *small], "resume"),
@@ -287,6 +333,16 @@ def test_learning_a_tokenizer_says_so(command, documents, tmp_path, small):
     assert f"Learning a BPE of 270 tokens from {documents}" in err
 
 
+def test_paths_are_looked_at_before_a_tokenizer_is_learned(command, documents, tmp_path):
+    code, _, err = command(
+        "train", "text", "--data", documents, "--validation", tmp_path / "nope", "--out",
+        tmp_path / "run", "--set=data.tokenizer=bpe:270",
+    )  # fmt: skip
+    assert code == 1
+    assert "nope must be an existing file or folder" in err
+    assert "Learning a BPE" not in err
+
+
 def test_tokenizing_shows_a_bar_that_ends_before_training(documents, monkeypatch, capsys):
     monkeypatch.setattr(train_command, "err_console", console := Console(force_terminal=True))
     monkeypatch.setattr(common, "err_console", console)
@@ -327,3 +383,76 @@ def test_the_module_can_be_run_as_a_script():
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.stdout.startswith("byheart ")
+
+
+@pytest.fixture
+def unwritable(tmp_path):
+    """A place where no directory can be made, for root neither."""
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    return file / "results"
+
+
+def test_what_cannot_be_written_is_refused_before_it_is_measured(
+    command, run_dir, unwritable, monkeypatch
+):
+    monkeypatch.setattr("byheart.cli.evaluate.evaluate_perplexity", pytest.fail)
+    monkeypatch.setattr("byheart.cli.evaluate.run_suite", pytest.fail)
+    for arguments in (
+        ["evaluate", run_dir],
+        ["evaluate", run_dir, "--suite", "passkey"],
+        ["reproduce", "memorize", "--quick"],
+        ["reproduce", "generalization", "--quick"],
+        ["reproduce", "flops"],
+    ):
+        code, out, err = command(*arguments, "--out", unwritable)
+        assert code == 2, err
+        assert f"one that can be written to, got {unwritable}" in err
+        assert "Nothing was computed. Name another with --out." in err
+        assert not out
+
+
+def test_measuring_a_run_that_is_not_there_makes_no_directory(command, tmp_path):
+    for name in ("evaluate", "evaluate-task"):
+        code, _, err = command(name, tmp_path / "nowhere")
+        assert code == 1, err
+        assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_result_is_whole_whatever_standard_output_can_show(run_dir):
+    script = (
+        "from byheart.cli.main import main\n"
+        "from byheart.data.tokenize import ByteTokenizer\n"
+        "ByteTokenizer.decode = lambda self, ids: 'caf\\xe9 \\u2192'\n"
+        "main()"
+    )
+    arguments = ["generate", run_dir, "--prompt", "x", "--max-new-tokens", "1"]
+    shown = {}
+    for encoding in ("ascii", "utf-8"):
+        for option in ([], ["--json"]):
+            result = subprocess.run(
+                [sys.executable, "-c", script, *arguments, *option],
+                capture_output=True, check=False,
+                env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+            )  # fmt: skip
+            assert result.returncode == 0, result.stderr
+            shown[encoding, bool(option)] = result.stdout.decode(encoding)
+    assert shown["ascii", False] == "xcaf? ?\n"
+    assert shown["utf-8", False] == "xcaf\xe9 \u2192\n"
+    for encoding in ("ascii", "utf-8"):
+        assert json.loads(shown[encoding, True])["text"] == "caf\xe9 \u2192"
+    assert "caf\xe9" in shown["utf-8", True]
+
+
+def test_documents_of_a_run_that_are_not_there_are_named_with_their_source(
+    command, run_dir, documents, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["validation"] = "my/books"
+    (copy / "config.json").write_text(json.dumps(config))
+    code, _, err = command("evaluate", copy)
+    assert code == 1
+    assert f"must be where {copy / 'config.json'} says, my/books, and are not there" in err
+    assert f"Name them: byheart evaluate {copy} DOCUMENTS" in err

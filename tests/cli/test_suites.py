@@ -86,6 +86,10 @@ def test_tasks_of_the_harness(command, run_dir, tmp_path, monkeypatch):
         (["DOCUMENTS", "--suite", "lm-eval", "--tasks", "own"], 2, "has no use for DOCUMENTS"),
         (["--suite", "passkey", "--lengths", "many"], 2, "must be whole numbers such as"),
         (["--suite", "passkey", "--lengths", "50"], 1, "num_tokens must be at least 98"),
+        (
+            ["--suite", "babi", "--stories", "nope.txt"], 1,
+            "Stories must be in an existing file, JSON lines or bAbI's own, got 'nope.txt'",
+        ),
         (["--suite", "lm-eval", "--tasks", "no-such"], 1, "must be names of lm-eval's tasks"),
         (["--suite", "needle"], 2, "needle"),
     ],

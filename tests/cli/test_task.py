@@ -266,3 +266,46 @@ def test_a_task_recipe_can_be_a_function_in_a_file(command, tmp_path):
     code, out, err = command("train", f"{recipe}:rmt_detect", "--show")
     assert code == 0, err
     assert json.loads(out)["name"] == "rmt-detect"
+
+
+def test_every_run_and_the_place_for_results_are_looked_at_before_anything_is_measured(
+    command, run_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("byheart.cli.task.measure_run", pytest.fail)
+    code, _, err = command("evaluate-task", run_dir, tmp_path, "--out", tmp_path / "out")
+    assert code == 1
+    assert f"{tmp_path} must hold a finished run" in err
+    (tmp_path / "file").write_text("not a folder")
+    code, _, err = command("evaluate-task", run_dir, "--out", tmp_path / "file" / "out")
+    assert code == 2
+    assert "one that can be written to" in err
+
+
+def test_documents_of_a_run_that_are_not_there_are_named_with_their_source(
+    command, run_dir, tmp_path
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["task"]["validation_background"] = "my/stories"
+    (copy / "config.json").write_text(json.dumps(config))
+    code, _, err = command("evaluate-task", copy, "--segments", "1")
+    assert code == 1
+    assert f"must be where {copy / 'config.json'} says, my/stories, and are not there" in err
+
+
+def test_each_kind_of_run_names_the_command_that_measures_it(command, run_dir, tmp_path):
+    for name in ("evaluate", "generate"):
+        code, _, err = command(name, run_dir)
+        assert code == 1
+        assert f"has learned a task. Measure it with: byheart evaluate-task {run_dir}" in err
+    (tmp_path / "config.json").write_text('{"name": "mine", "model": {}}')
+    code, _, err = command("evaluate-task", tmp_path)
+    assert code == 1
+    assert f"has learned documents. Measure it with: byheart evaluate {tmp_path}" in err
+
+
+def test_several_runs_need_a_directory_of_their_own(command, run_dir, tmp_path):
+    code, _, err = command("evaluate-task", run_dir, run_dir, "--segments", "1")
+    assert code == 2
+    assert "belongs to none of them. Name its directory with --out" in err

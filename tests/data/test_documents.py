@@ -137,7 +137,7 @@ BAD = {
     "no JSON": (b'{"text": "unfinished', "must be a JSON record: Invalid control"),
     "no object": (b'["text"]', "must be a JSON object, got list"),
     "no text": (b'{"body": "b", "id": 3}', "must have a string under text_key='text', has keys: b"),
-    "no string": (b'{"text": 5}', "must have a string under text_key='text', has keys: text"),
+    "no string": (b'{"text": 5}', "must have a string under text_key='text', has int"),
     "no UTF-8": (b'{"text": "\xff"}', "must be UTF-8: 'utf-8' codec can't decode byte 0xff"),
     "half a character": (b'{"text": "\\ud800"}', "must be Unicode text: .*surrogates not"),
     "too deep": (b"[" * 100_000, "must be a JSON record"),

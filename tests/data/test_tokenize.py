@@ -80,6 +80,12 @@ def test_the_vocabulary_is_at_most_as_large_as_asked_for():
         BpeTokenizer.train(TEXTS, 256)
 
 
+@pytest.mark.parametrize("texts", [[], [""], ["\n", " "]])
+def test_a_vocabulary_is_not_learned_from_nothing(texts):
+    with pytest.raises(DataError, match="documents with text, got none but white space"):
+        BpeTokenizer.train(texts, 300)
+
+
 @pytest.fixture
 def short_pieces(monkeypatch):
     monkeypatch.setattr(tokenize, "_PIECE_CHARS", 3)

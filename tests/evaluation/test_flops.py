@@ -323,6 +323,11 @@ def test_configs_that_cannot_be_counted_are_refused(written, config, message):
         shape_from_config(written(config))
 
 
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"must hold a config\.json, and does not"):
+        find_shape(str(tmp_path))
+
+
 def test_files_that_are_no_json_are_refused(tmp_path):
     path = tmp_path / "config.json"
     path.write_bytes(b"\xff{")

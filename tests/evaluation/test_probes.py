@@ -77,3 +77,20 @@ def test_a_result_counts_and_says_what_chance_is(make_decoder, probe):
 def test_numbers_below_one_are_refused(make_decoder, probe, wrong):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         evaluate_probe(make_decoder(), probe, **({"lengths": (100,)} | wrong))
+
+
+def test_a_length_too_short_is_refused_before_anything_is_read(make_decoder, probe):
+    seen = []
+    with pytest.raises(ValueError, match=r"num_tokens must be at least 98 .* got 50"):
+        evaluate_probe(make_decoder(), probe, lengths=(200, 50), samples=2, on_progress=seen.append)
+    assert not seen
+
+
+def test_a_background_that_repeats_is_said_with_its_tokens(make_decoder, probe, caplog):
+    tokens = probe.num_background_tokens
+    facts = 98  # and question, of which the start token is a part
+    evaluate_probe(make_decoder(), probe, lengths=(tokens,), samples=1)
+    assert not caplog.text
+    evaluate_probe(make_decoder(), probe, lengths=(98, tokens + facts + 1), samples=1)
+    assert f"repeats within a text: it has {tokens:,} tokens" in caplog.text
+    assert f"texts of {tokens + 99:,} tokens" in caplog.text

@@ -200,6 +200,53 @@ def test_resume_without_checkpoints_says_so(run, tmp_path):
         train(run, tmp_path / "nothing", resume=True)
 
 
+class KilledError(Exception):
+    """Stands for a kill: nothing that the run catches."""
+
+
+def kill_at(kind):
+    def on_event(event):
+        if event.kind == kind:
+            raise KilledError
+
+    return on_event
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:260"])
+def test_a_run_killed_before_its_first_checkpoint_starts_again(run, tmp_path, caplog, tokenizer):
+    run = replace(run, data=replace(run.data, tokenizer=tokenizer))
+    with pytest.raises(KilledError):
+        train(run, tmp_path / "killed", on_event=kill_at("log"))
+    # cut short, as by a kill while it was written
+    (tmp_path / "killed" / "checkpoint-3").mkdir()
+    saves_more = replace(run, training=replace(run.training, save_every=2))
+    resumed = train(saves_more, tmp_path / "killed", resume=True)
+    assert "no complete checkpoint yet: the run starts again at step 0" in caplog.text
+    assert resumed.resumed_from is None
+    train(run, tmp_path / "whole")
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+
+
+def test_a_run_without_a_checkpoint_is_not_begun_again_with_another_config(run, tmp_path):
+    with pytest.raises(KilledError):
+        train(run, tmp_path, on_event=kill_at("start"))
+    other = replace(run, training=replace(run.training, learning_rate=0.5))
+    with pytest.raises(
+        CheckpointError,
+        match=r"no checkpoint yet and was begun with training.learning_rate 0.003, this run has "
+        r"0.5\. Resume with",
+    ):
+        train(other, tmp_path, resume=True)
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_is_not_begun_again(run, out):
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(CheckpointError, match=r"must hold a complete checkpoint\. There is none"):
+        train(run, out, resume=True)
+    assert (out / "model").is_dir()
+
+
 def test_resume_with_fewer_steps_than_done_is_refused(run, out):
     short = replace(run, training=replace(run.training, max_steps=5))
     with pytest.raises(ValueError, match=r"at least the 7 steps of .*checkpoint-7, got 5"):

@@ -239,6 +239,23 @@ def test_facts_that_do_not_fit_into_the_first_documents_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, tmp_path, caplog):
+    class KilledError(Exception):
+        pass
+
+    def on_event(event):
+        if event.kind == "start":
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train_task(RUN, tmp_path, on_event=on_event)
+    with pytest.raises(CheckpointError, match=r"no checkpoint yet .* memory.noise 0.1, this run"):
+        train_task(task_run(memory={"noise": 0.0}), tmp_path, resume=True)
+    assert train_task(RUN, tmp_path, resume=True).resumed_from is None
+    assert "no complete checkpoint yet: the run starts again at step 0" in caplog.text
+    assert metrics_of(tmp_path) == metrics_of(whole)
+
+
 def test_a_checkpoint_of_another_run_is_refused(whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)

@@ -36,6 +36,23 @@ def load_saved_along(directory: Path, model_type: str, load: Callable[[Path], Mo
     return load(directory)
 
 
+def count_layers(source: str | os.PathLike[str]) -> int | None:
+    """Read from its config how many layers a model has.
+
+    Args:
+        source: Folder with the model's config.json, or its name on the Hugging Face hub.
+
+    Returns:
+        Their number; `None` if there is no such config, or it does not say.
+    """
+    try:
+        config = AutoConfig.from_pretrained(os.fspath(source))
+    except (OSError, ValueError):
+        return None
+    count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    return count if isinstance(count, int) else None
+
+
 def load_transformer(directory: str | os.PathLike[str]) -> PreTrainedModel:
     """Load a model as the class that its config names.
 

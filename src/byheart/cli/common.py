@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from byheart.config import write_text_atomic
 from byheart.data.documents import FolderAs, OnBad
 from byheart.data.token_cache import TokenizeProgress
 from byheart.data.tokenize import Tokenizer, load_tokenizer
@@ -71,9 +72,14 @@ class TrainedModel(NamedTuple):
 
 
 def print_json(result: object) -> None:
-    """Write a result for other programs to standard output; NaN and infinities become null."""
-    json.dump(_finite(result), sys.stdout, indent=2, ensure_ascii=False, allow_nan=False)
-    sys.stdout.write("\n")
+    """Write a result for other programs to standard output; NaN and infinities become null.
+
+    It is written whole or not at all, and with escapes where the output is not UTF-8.
+    """
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
+    escape = encoding not in ("utf-8", "utf8")
+    text = json.dumps(_finite(result), indent=2, ensure_ascii=escape, allow_nan=False)
+    sys.stdout.write(text + "\n")
 
 
 def reading_options(
@@ -135,8 +141,15 @@ def open_run(run_dir: Path, device: torch.device) -> TrainedModel:
         Model in evaluation mode, and its tokenizer.
 
     Raises:
-        CheckpointError: If the run is not finished, or model and tokenizer do not belong together.
+        CheckpointError: If the run is not finished, has learned a task, or model and tokenizer do
+            not belong together.
     """
+    if learned_task(run_dir / "config.json"):
+        msg = (
+            f"{run_dir} must hold a run that has learned documents, and holds one that has learned "
+            f"a task. Measure it with: byheart evaluate-task {run_dir}"
+        )
+        raise CheckpointError(msg)
     if not (run_dir / "model").is_dir():
         hint = (
             f"Finish it with: byheart train {run_dir / 'config.json'} --out {run_dir} --resume"
@@ -157,6 +170,61 @@ def open_run(run_dir: Path, device: torch.device) -> TrainedModel:
     else:
         model = load_model(run_dir / "model", tokenizer_fingerprint=fingerprint, device=device)
     return TrainedModel(model, tokenizer, run_dir)
+
+
+def prepare_output(directory: Path) -> None:
+    """Make a directory and write into it, so that what hours of work find can be kept.
+
+    Args:
+        directory: For results.
+
+    Raises:
+        BadParameter: If it cannot be made or written to.
+    """
+    trial = directory / ".byheart-trial"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(trial, "")
+        trial.unlink(missing_ok=True)
+    except OSError as error:
+        msg = (
+            f"The directory of results must be one that can be written to, got {directory}: "
+            f"{error}. Nothing was computed. Name another with --out."
+        )
+        raise typer.BadParameter(msg) from error
+
+
+def parse_size(text: str) -> int:
+    """Read the size of a memory, such as `8192` or `64K`.
+
+    Returns:
+        The number; K and M are powers of 1024.
+
+    Raises:
+        BadParameter: If it is no size, or more than one.
+    """
+    try:
+        (size,) = parse_sizes(text)
+    except ValueError as error:
+        msg = f"--memory-size must be one size such as 8192 or 64K, got {text!r}."
+        raise typer.BadParameter(msg) from error
+    return size
+
+
+def learned_task(config: Path) -> bool:
+    """Tell the two kinds of runs apart by their config.
+
+    Args:
+        config: The file; it may be missing or anything else.
+
+    Returns:
+        Whether it is that of a run that learns a task.
+    """
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "task" in content
 
 
 @contextmanager

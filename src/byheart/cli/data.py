@@ -31,7 +31,7 @@ def stats(
     documents: Annotated[Path, typer.Argument(help="JSON lines, text, or a folder.")],
     *,
     tokenizer: Annotated[str, typer.Option(help="bytes, or the path of a tokenizer.")] = "bytes",
-    segment_length: Annotated[int, typer.Option(help="Tokens per segment.")] = 512,
+    segment_length: Annotated[int, typer.Option(min=1, help="Tokens per segment.")] = 512,
     folder_as: FolderAsOption = None,
     skip_bad: SkipBadOption = False,
     text_key: TextKeyOption = None,

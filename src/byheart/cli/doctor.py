@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from byheart.cli.common import parse_sizes, print_json
+from byheart.cli.common import parse_size, print_json
 from byheart.config import apply_overrides, from_dict
 
 if TYPE_CHECKING:
@@ -15,6 +15,9 @@ _OverridesOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change an option of attach: memory_position=local. Repeatable."),
 ]
+
+# from the end: the paper's memory is in one of the last layers
+_DEFAULT_LAYER = -4
 
 
 def register(app: typer.Typer) -> None:
@@ -26,27 +29,40 @@ def doctor(
     model: Annotated[str, typer.Argument(help="Folder with a config.json, or name on the hub.")],
     *,
     layers: Annotated[
-        str, typer.Option(help="Layers with the memory, from 0, or from the end: -1 is the last.")
-    ] = "-4",
+        str | None,
+        typer.Option(
+            help="Layers with the memory, from 0, or from the end: -1 is the last; default: -4, "
+            "or 0 of fewer layers."
+        ),
+    ] = None,
     memory_size: Annotated[str, typer.Option(help="Entries: 8192 or 64K; 0 for none.")] = "64K",
     segment: Annotated[int, typer.Option(min=1, help="Tokens of a segment.")] = 512,
     xl_cache: Annotated[int, typer.Option(min=0, help="Tokens of the XL cache.")] = 0,
     overrides: _OverridesOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Say whether a model can have a memory, and what it would cost, without its weights."""
+    """Say whether a model can have a kNN memory, and what it would cost, without its weights."""
     # brings transformers, which --help need not wait for
     from byheart.adapters.attach_config import AttachConfig
     from byheart.adapters.doctor import diagnose
+    from byheart.adapters.loading import count_layers
 
-    size = _size(memory_size)
-    knn = {"layers": _numbers(layers), "memory_size": size, "top_k": min(32, size)}
+    depth = count_layers(model)
+    default = _DEFAULT_LAYER if depth is None else max(_DEFAULT_LAYER, -depth)
+    size = parse_size(memory_size)
+    knn = {
+        "layers": [default] if layers is None else _numbers(layers),
+        "memory_size": size,
+        "top_k": min(32, size),
+    }
     options = {"segment_length": segment, "xl_cache_length": xl_cache}
     try:
         config = from_dict(AttachConfig, {**options, "knn": knn if size else None})
         config = apply_overrides(config, overrides or [])
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from error
+    if depth is not None and config.knn is not None:
+        _require_layers(config.knn.layers, depth)
     diagnosis = diagnose(model, config)
     if as_json:
         print_json({"is_supported": diagnosis.is_supported, **asdict(diagnosis)})
@@ -54,15 +70,6 @@ def doctor(
         print(_text(model, diagnosis))
     if not diagnosis.is_supported:
         raise typer.Exit(1)
-
-
-def _size(text: str) -> int:
-    try:
-        (size,) = parse_sizes(text)
-    except ValueError as error:
-        msg = f"--memory-size must be one size such as 8192 or 64K, got {text!r}."
-        raise typer.BadParameter(msg) from error
-    return size
 
 
 def _numbers(text: str) -> list[int]:
@@ -73,12 +80,28 @@ def _numbers(text: str) -> list[int]:
         raise typer.BadParameter(msg) from error
 
 
+def _require_layers(layers: tuple[int, ...], depth: int) -> None:
+    wrong = [layer for layer in layers if not -depth <= layer < depth]
+    if wrong:
+        msg = (
+            f"--layers must be between 0 and {depth - 1}, or count from the end between {-depth} "
+            f"and -1, for a model of {depth} layers, got {wrong[0]}."
+        )
+        raise typer.BadParameter(msg)
+
+
 def _text(model: str, diagnosis: "Diagnosis") -> str:
     if diagnosis.reason is not None:
-        return f"{model} ({diagnosis.model_type}) cannot have this memory. {diagnosis.reason}"
+        # what follows is a list of all that transformers knows
+        reason = diagnosis.reason.partition("\n")[0]
+        return (
+            f"{model} ({diagnosis.model_type}) cannot have a kNN memory. {reason}\n"
+            "Encoders, encoder-decoders and decoders can have a recurrent memory: "
+            "byheart.RecurrentMemory, docs/recurrent-memory.md."
+        )
     rotations = ", ".join(dict.fromkeys(diagnosis.rotations))
     lines = [
-        f"{model} ({diagnosis.model_type}) can have this memory.",
+        f"{model} ({diagnosis.model_type}) can have a kNN memory.",
         f"Parameters: {diagnosis.num_parameters:,}, in {len(diagnosis.layers)} layers; "
         f"rotation of keys: {rotations}.",
     ]

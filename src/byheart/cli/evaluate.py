@@ -21,6 +21,7 @@ from byheart.cli.common import (
     find_device,
     open_run,
     parse_sizes,
+    prepare_output,
     print_json,
     progress_bar,
     reading_options,
@@ -122,9 +123,11 @@ def evaluate(
         caps = _Caps(rows=rows, max_documents=max_documents, max_tokens_per_document=max_tokens)
         _perplexity(model, documents, reading, sizes, _xl_cache(xl_cache or "with"), caps, place)
         return
+    trained = open_run(model, find_device(device))
+    prepare_output(place.out)
     run_suite(
         suite,
-        open_run(model, find_device(device)),
+        trained,
         options,
         background=documents,
         memory_sizes=sizes or (None,),
@@ -162,6 +165,7 @@ def _perplexity(
         msg = "Options for reading need DOCUMENTS: the run's own are read as the run read them."
         raise typer.BadParameter(msg)
     trained = open_run(model, find_device(place.device))
+    prepare_output(place.out)
     run = load_config(RunConfig, model / "config.json")
     if documents is None:
         documents, reading = _validation(run, model)
@@ -202,6 +206,13 @@ def _validation(run: RunConfig, model: Path) -> tuple[Path, ReadingOptions]:
     if data.validation is None:
         msg = f"The run {model} has no validation documents. Name some: byheart evaluate {model} "
         msg += "DOCUMENTS"
+        raise DataError(msg)
+    if not Path(data.validation).exists():
+        msg = (
+            f"The validation documents of the run must be where {model / 'config.json'} says, "
+            f"{data.validation}, and are not there (relative paths are sought from here, "
+            f"{Path.cwd()}). Name them: byheart evaluate {model} DOCUMENTS"
+        )
         raise DataError(msg)
     reading = ReadingOptions(on_bad=data.on_bad, folder_as=data.folder_as, text_key=data.text_key)
     if data.suffixes is not None:
@@ -282,7 +293,6 @@ def _write(
 ) -> list[Path]:
     import json
 
-    directory.mkdir(parents=True, exist_ok=True)
     written = [directory / "result.json", directory / "result.md"]
     content = {"settings": settings, **result.to_dict()}
     write_text_atomic(written[0], json.dumps(content, indent=2, allow_nan=False))

@@ -8,6 +8,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
+from byheart.cli.common import prepare_output
 from byheart.cli.flops import REPORT_MEMORY_TOKENS, REPORT_MODELS
 from byheart.cli.reproduce_output import (
     JsonOption,
@@ -54,6 +55,7 @@ def flops(
     as_json: JsonOption = False,
 ) -> None:
     """FLOPs of full attention and RMT by length (RMT report, Figure 3)."""
+    prepare_output(out)
     published = PUBLISHED_RATIOS if paper is None else _read_ratios(paper)
     curves = [_curve(name) for name in REPORT_MODELS]
     rows = [_row(curve[-1], published[curve[-1].shape.name]) for curve in curves]

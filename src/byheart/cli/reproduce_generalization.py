@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from byheart.cli.common import find_device
+from byheart.cli.common import find_device, prepare_output
 from byheart.cli.reproduce_output import (
     JsonOption,
     OutOption,
@@ -97,6 +97,7 @@ def generalization(
     """Accuracy by segments trained on and evaluated on (RMT report, Figure 5)."""
     lengths, count = parse_segments(segments), num_samples(samples, quick=quick)
     run = make_run(task, quick=quick, overrides=overrides)
+    prepare_output(out)
     run = replace(run, curriculum=replace(run.curriculum, keep_stages=True))
     from byheart.evaluation.generalization import GeneralizationResult
     from byheart.evaluation.segments_result import RunsResult

@@ -26,7 +26,7 @@ def write_output(
     """Write what was computed as NAME.json, with what made it, NAME.md and NAME.png.
 
     Args:
-        directory: Where to; made if missing.
+        directory: Where to; `prepare_output` has made it before anything was computed.
         name: Of the figure.
         result: Everything computed, for JSON.
         table: The same in short, in Markdown.
@@ -35,7 +35,6 @@ def write_output(
     Returns:
         The files, in this order.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     files = [directory / f"{name}.json", directory / f"{name}.md"]
     content = {**result, "made_by": provenance()}
     write_text_atomic(files[0], json.dumps(content, indent=2, allow_nan=False) + "\n")

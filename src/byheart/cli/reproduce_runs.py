@@ -11,7 +11,6 @@ import typer
 from byheart.cli.common import err_console
 from byheart.cli.task import evaluation_progress
 from byheart.config import apply_overrides, write_text_atomic
-from byheart.errors import CheckpointError
 from byheart.recipes import TASK_RECIPES
 from byheart.training.task_config import TaskRunConfig
 
@@ -126,7 +125,7 @@ def measure_once(
 
 
 def _learn(run: TaskRunConfig, directory: Path) -> str:
-    from byheart.training.checkpoint import find_checkpoint
+    from byheart.training.checkpoint import has_checkpoints
     from byheart.training.task_files import find_result
     from byheart.training.task_run import train_task
 
@@ -134,10 +133,7 @@ def _learn(run: TaskRunConfig, directory: Path) -> str:
     if finished is not None:
         err_console.print(f"{directory} is finished.", markup=False)
         return str(finished["summary"])
-    try:
-        begun = find_checkpoint(directory).step > 0
-    except CheckpointError:
-        begun = False  # it was killed before its first checkpoint
+    begun = has_checkpoints(directory)
     err_console.print(f"{'Going on with' if begun else 'Training'} {directory} ...", markup=False)
     with evaluation_progress() as on_progress:
         result = train_task(

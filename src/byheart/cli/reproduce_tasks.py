@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from byheart.cli.common import find_device
+from byheart.cli.common import find_device, prepare_output
 from byheart.cli.reproduce_output import (
     JsonOption,
     OutOption,
@@ -124,6 +124,7 @@ def _reproduce(plan: _Plan, out: Path, *, plot: bool, as_json: bool) -> None:
     from byheart.evaluation.segments_plot import plot_accuracy_by_segments
     from byheart.evaluation.segments_result import RunsResult
 
+    prepare_output(out)
     published = PUBLISHED_ACCURACY[plan.name]
     outcomes, measured = [], []
     for directory, outcome in learn_seeds(plan.run, out, plan.seeds, quick=plan.quick):

@@ -12,11 +12,14 @@ from byheart.cli.common import (
     DeviceOption,
     err_console,
     find_device,
+    learned_task,
     parse_sizes,
+    prepare_output,
     print_json,
     progress_bar,
 )
 from byheart.cli.reproduce_output import JsonOption, PlotOption, show_output, write_output
+from byheart.errors import CheckpointError
 from byheart.training.task_config import TaskRunConfig
 
 if TYPE_CHECKING:
@@ -76,17 +79,29 @@ def evaluate_task(
     rows: Annotated[int, typer.Option(min=1, help="Documents read side by side.")] = 50,
     device: DeviceOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Directory for result and plot; default: RUN/evaluation.")
+        Path | None,
+        typer.Option(
+            help="Directory for result and plot; default: RUN/evaluation. Several runs need one."
+        ),
     ] = None,
     plot: PlotOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the accuracy on a task by number of segments."""
+    if out is None and len(runs) > 1:
+        msg = "The result of several runs belongs to none of them. Name its directory with --out."
+        raise typer.BadParameter(msg)
     lengths = parse_segments(segments)
     where = find_device(device)
     from byheart.evaluation.segments_plot import plot_accuracy_by_segments
     from byheart.evaluation.segments_result import RunsResult
+    from byheart.training.task_files import require_finished
 
+    for run in runs:
+        _require_task(run)
+        require_finished(run)
+    directory = out or runs[0] / "evaluation"
+    prepare_output(directory)
     found = RunsResult(
         runs=tuple(
             measure_run(run, lengths, samples=samples, rows=rows, device=str(where)) for run in runs
@@ -96,8 +111,18 @@ def evaluate_task(
     result = {"models": [str(run) for run in runs], **found.to_dict()}
     name = found.runs[0].task
     draw = (lambda path: plot_accuracy_by_segments({name: found}, path)) if plot else None
-    files = write_output(out or runs[0] / "evaluation", "segments", result, table, draw)
+    files = write_output(directory, "segments", result, table, draw)
     show_output(result, table, files, as_json=as_json)
+
+
+def _require_task(run: Path) -> None:
+    config = run / "config.json"
+    if config.is_file() and not learned_task(config):
+        msg = (
+            f"{run} must hold a run that has learned a task, and holds one that has learned "
+            f"documents. Measure it with: byheart evaluate {run}"
+        )
+        raise CheckpointError(msg)
 
 
 def parse_segments(text: str) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ def train(
     documents: Annotated[Path, typer.Argument(help="JSON lines, text, or a folder.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     *,
-    vocab_size: Annotated[int, typer.Option(help="Tokens at most.")] = 4096,
+    vocab_size: Annotated[int, typer.Option(min=257, help="Tokens at most.")] = 4096,
     folder_as: FolderAsOption = None,
     skip_bad: SkipBadOption = False,
     text_key: TextKeyOption = None,

@@ -1,7 +1,6 @@
 """`byheart train`."""
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from byheart.cli.common import (
     SuffixOption,
     TextKeyOption,
     err_console,
+    learned_task,
     print_json,
     progress_bar,
     reading_options,
@@ -74,6 +74,9 @@ def train(
     if list_recipes:
         _list_recipes()
         return
+    if resume and overwrite:
+        msg = "--resume goes on with the run that --overwrite removes. Choose one."
+        raise typer.BadParameter(msg)
     if not recipe:
         msg = f"Name a recipe: {_recipe_names()}; a config.json; or FILE.py:FUNCTION."
         raise typer.BadParameter(msg)
@@ -145,11 +148,7 @@ def find_recipe(name: str) -> RunConfig | TaskRunConfig:
 
 
 def _from_json(path: Path) -> RunConfig | TaskRunConfig:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None  # explained below
-    if isinstance(content, dict) and "task" in content:
+    if learned_task(path):
         return load_config(TaskRunConfig, path)
     return load_config(RunConfig, path)
 

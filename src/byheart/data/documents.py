@@ -277,8 +277,11 @@ def _parse_record(line: bytes, text_key: str) -> tuple[str, str | None]:
         raise _BadRecordError(msg)
     text, name = record.get(text_key), record.get("id")
     if not isinstance(text, str):
-        keys = ", ".join(record)
-        msg = f"must have a string under text_key={text_key!r}, has keys: {keys}"
+        if text_key in record:
+            found = f"has {type(text).__name__}"
+        else:
+            found = f"has keys: {', '.join(record)}"
+        msg = f"must have a string under text_key={text_key!r}, {found}"
         raise _BadRecordError(msg)
     try:
         text.encode("utf-8")

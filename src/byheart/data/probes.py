@@ -6,7 +6,7 @@
 | `multi-key` | the numbers of several persons | those numbers |
 | `babi` | the facts of a story, in their order | the answers of all stories |
 
-The text around is that of real documents, and never comes twice in a text shorter than all of them.
+The text around is that of real documents, and comes twice only where it is longer than all of them.
 The question ends the text. What the model then finds likely tells whether it remembers: the answer
 among others, and the answer as the model's own continuation.
 
@@ -110,6 +110,11 @@ class Probe:
                     f"{self._stories[0].answer!r} alone."
                 )
                 raise DataError(msg)
+
+    @property
+    def num_background_tokens(self) -> int:
+        """Tokens of all documents of the background: longer texts repeat them."""
+        return len(self._background.ids)
 
     def sample(self, index: int, num_tokens: int) -> ProbeSample:
         """Make a text.

@@ -188,6 +188,7 @@ class BpeTokenizer:
 
         Raises:
             ValueError: If `vocab_size` is below 257.
+            DataError: If there is no text to learn from.
         """
         if vocab_size < 257:
             msg = (
@@ -203,7 +204,21 @@ class BpeTokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(_pieces_of(texts), trainer)
+        has_text = False
+
+        def watched() -> Iterator[str]:
+            nonlocal has_text
+            for text in texts:
+                has_text = has_text or bool(text and not text.isspace())
+                yield text
+
+        tokenizer.train_from_iterator(_pieces_of(watched()), trainer)
+        if not has_text:
+            msg = (
+                "A BPE must be learned from documents with text, got none but white space. Name "
+                "other documents."
+            )
+            raise DataError(msg)
         return cls(tokenizer.to_str())
 
     @classmethod

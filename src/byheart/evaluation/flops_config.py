@@ -99,6 +99,9 @@ def shape_from_config(path: str | os.PathLike[str]) -> ModelShape:
             experts.
     """
     path = Path(path)
+    if path.parent.is_dir() and not path.exists():
+        msg = f"{path.parent} must hold a {path.name}, and does not. Pass the folder of a model."
+        raise DataError(msg)
     config = _read(path)
     kind, gated_mlp = _family(config, path)
     widths = {field: _width(config, keys, path) for field, keys in _KEYS.items()}

@@ -1,5 +1,6 @@
 """Accuracy of finding again what a long text mentions once, by length and memory size."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from byheart.evaluation.tables import Grid, markdown_table
 from byheart.models.segment_model import SegmentModel
 
 __all__ = ["ProbeMeasurement", "ProbeOutcome", "ProbeProgress", "ProbeResult", "evaluate_probe"]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,13 +143,15 @@ def evaluate_probe(
         What became of each text.
 
     Raises:
-        ValueError: If there is no length, or a number is below 1.
+        ValueError: If there is no length, a number is below 1, or one of the texts is too short for
+            its facts; nothing has been read then.
     """
     numbers = {"samples": samples, "rows": rows, "the number of lengths": len(lengths)}
     for name, value in numbers.items():
         if value < 1:
             msg = f"{name} must be at least 1, got {value}."
             raise ValueError(msg)
+    _look_at_all(probe, lengths, samples)
     total, done = sum(lengths) * samples * len(memory_sizes), 0
     measurements, num_candidates = [], 0
     for num_tokens in lengths:
@@ -172,6 +177,23 @@ def evaluate_probe(
     return ProbeResult(
         probe=probe.config.name, num_candidates=num_candidates, measurements=tuple(measurements)
     )
+
+
+def _look_at_all(probe: Probe, lengths: Sequence[int], samples: int) -> None:
+    # what is too short is refused now, not when the shorter ones have been read
+    background = 0
+    for num_tokens in lengths:
+        for index in range(samples):
+            text = probe.sample(index, num_tokens).text
+            facts = sum(len(fact) for _, fact in text.facts)
+            background = max(background, num_tokens - len(text.question) - facts)
+    if background > probe.num_background_tokens:
+        _LOGGER.warning(
+            "The background repeats within a text: it has %s tokens, and texts of %s tokens are "
+            "asked for. Name more documents, or shorter lengths.",
+            f"{probe.num_background_tokens:,}",
+            f"{max(lengths):,}",
+        )
 
 
 def _read(

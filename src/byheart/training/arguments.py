@@ -23,7 +23,16 @@ def training_arguments(config: TrainingConfig, out_dir: Path) -> TrainingArgumen
 
     Returns:
         The arguments of `MemoryTrainer`.
+
+    Raises:
+        ValueError: If the directory of the run is a file, or in one.
     """
+    existing = next(path for path in (out_dir, *out_dir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        msg = (
+            f"out_dir (--out) must be a directory, and {existing} is a file. Choose another place."
+        )
+        raise ValueError(msg)
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(out_dir),

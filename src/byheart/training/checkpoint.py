@@ -18,7 +18,7 @@ manifest.json                  sizes and checksums, what the run depends on; wri
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from byheart.config import load_config, to_dict
 from byheart.errors import CheckpointError
 from byheart.memory.files import MANIFEST, read_manifest, require_format, write_manifest
 from byheart.memory.persistence import state_tensors, with_tensors
 from byheart.memory.state import MemoryState
 
 __all__ = [
+    "CONFIG",
     "MODEL",
+    "RESULT",
     "Checkpoint",
     "checkpoint_directory",
     "clear_checkpoint",
@@ -43,6 +46,7 @@ __all__ = [
     "differences",
     "explained_write_errors",
     "find_checkpoint",
+    "find_start",
     "has_checkpoints",
     "load_memory",
     "remove_checkpoints",
@@ -53,7 +57,7 @@ __all__ = [
 _LOGGER = logging.getLogger(__name__)
 FORMAT = "byheart-training-checkpoint"
 FORMAT_VERSION = 1
-MODEL = "model"
+CONFIG, MODEL, RESULT = "config.json", "model", "result.json"
 POSITIONS = "positions.json"
 _PREFIX = "checkpoint-"
 # by these names the errors of torch.save can be told from its others
@@ -82,13 +86,9 @@ class Checkpoint:
         """
         differing = differences(self.identity, identity)
         if differing:
-            listed = "; ".join(
-                f"{name} {_shown(saved)}, this run has {_shown(mine)}"
-                for name, saved, mine in differing
-            )
             msg = (
-                f"Checkpoint {self.path} was made with {listed}. Resume with what the checkpoint "
-                "was made with, or start anew with another directory or overwrite=True."
+                f"Checkpoint {self.path} was made with {_listed(differing)}. Resume with what the "
+                "checkpoint was made with, or start anew with another directory or overwrite=True."
             )
             raise CheckpointError(msg)
 
@@ -129,10 +129,49 @@ def find_checkpoint(run: Path) -> Checkpoint:
         _LOGGER.warning("Checkpoint %s is not used: %s", path.name, found)
     reasons = " ".join(refusals) or "There is none at all."
     msg = (
-        f"To resume, {run} must hold a complete checkpoint. {reasons} "
-        "Start anew with overwrite=True, or with another directory."
+        f"To resume, {run} must hold a complete checkpoint. {reasons} Start anew with "
+        "overwrite=True (--overwrite), or with another directory."
     )
     raise CheckpointError(msg)
+
+
+def find_start(run: Path, config: object, free: Collection[str]) -> Checkpoint | None:
+    """Find where a run goes on: its newest complete checkpoint, or step 0.
+
+    A run that was killed before its first checkpoint was complete has lost nothing by starting at
+    step 0, which a logged warning says. One whose checkpoints are gone or damaged is refused.
+
+    Args:
+        run: The run's directory.
+        config: Of the run that wants to go on.
+        free: Dotted names in it that may have changed.
+
+    Returns:
+        The checkpoint; `None` for step 0.
+
+    Raises:
+        CheckpointError: If there is nothing to go on with, or the directory was begun with another
+            config.
+    """
+    finished = any((run / name).exists() for name in (MODEL, RESULT))
+    complete = any((path / MANIFEST).is_file() for _, path in _directories(run))
+    if finished or complete or not (run / CONFIG).is_file():
+        return find_checkpoint(run)
+    saved = to_dict(load_config(type(config), run / CONFIG))
+    differing = [
+        (name, before, now)
+        for name, before, now in differences(saved, to_dict(config))
+        if not any(name == one or name.startswith(f"{one}.") for one in free)
+    ]
+    if differing:
+        msg = (
+            f"{run} has no checkpoint yet and was begun with {_listed(differing)}. Resume with "
+            "what it was begun with, or start anew with another directory or overwrite=True "
+            "(--overwrite)."
+        )
+        raise CheckpointError(msg)
+    _LOGGER.warning("%s has no complete checkpoint yet: the run starts again at step 0.", run)
+    return None
 
 
 def has_checkpoints(run: Path) -> bool:
@@ -300,6 +339,12 @@ def differences(saved: object, mine: object, path: str = "") -> list[tuple[str, 
             saved.get(key), mine.get(key), f"{path}.{key}" if path else str(key)
         )
     ]
+
+
+def _listed(differing: list[tuple[str, object, object]]) -> str:
+    return "; ".join(
+        f"{name} {_shown(saved)}, this run has {_shown(mine)}" for name, saved, mine in differing
+    )
 
 
 def _shown(value: object) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from byheart.data.corpus import TokenizedCorpus
-from byheart.data.documents import iter_documents
+from byheart.data.documents import DocumentReader, iter_documents
 from byheart.data.rows import RowPlan, SegmentDataset
 from byheart.data.token_cache import TokenizeProgress, tokenize_corpus
 from byheart.data.tokenize import BpeTokenizer, Tokenizer, load_tokenizer
@@ -42,6 +42,10 @@ def load_data(
     Returns:
         The opened data.
     """
+    for path in (config.train, config.validation):
+        if path is not None:
+            # learning a vocabulary and tokenizing take long: what is not there is refused first
+            _documents(config, path)
     if config.bpe_size is None:
         tokenizer = load_tokenizer(config.tokenizer)
     elif saved_tokenizer is not None:
@@ -92,16 +96,20 @@ def make_dataset(run: RunConfig, corpus: TokenizedCorpus, num_processes: int) ->
     return SegmentDataset(corpus, plan)
 
 
-def _learn_tokenizer(
-    config: DataConfig, size: int, on_progress: Callable[[TokenizeProgress], None] | None
-) -> Tokenizer:
-    documents = iter_documents(
-        config.train,
+def _documents(config: DataConfig, path: str) -> DocumentReader:
+    return iter_documents(
+        path,
         on_bad=config.on_bad,
         folder_as=config.folder_as,
         text_key=config.text_key,
         suffixes=config.suffixes,
     )
+
+
+def _learn_tokenizer(
+    config: DataConfig, size: int, on_progress: Callable[[TokenizeProgress], None] | None
+) -> Tokenizer:
+    documents = _documents(config, config.train)
     if on_progress is not None:
         total = documents.files.num_bytes()
         on_progress(

@@ -7,10 +7,10 @@ from byheart.config import to_dict
 from byheart.data.rows import SegmentDataset
 from byheart.training.config import TrainingConfig
 
-__all__ = ["check_fit", "run_identity"]
+__all__ = ["FREE_TO_CHANGE", "check_fit", "run_identity"]
 
 # what may change when a run is resumed: it does not touch a step that is already done
-_FREE_TO_CHANGE = ("max_steps", "save_every", "keep_checkpoints", "evaluate_every", "log_every")
+FREE_TO_CHANGE = ("max_steps", "save_every", "keep_checkpoints", "evaluate_every", "log_every")
 
 
 def run_identity(
@@ -34,7 +34,7 @@ def run_identity(
         Nested dictionaries that JSON can hold.
     """
     training = to_dict(config)
-    for name in _FREE_TO_CHANGE:
+    for name in FREE_TO_CHANGE:
         del training[name]
     return {
         "model": dict(model),

@@ -15,7 +15,14 @@ from byheart.models.checkpoint import load_weights, save_model
 from byheart.models.decoder import Decoder
 from byheart.training.config import PretrainedConfig, RunConfig
 
-__all__ = ["TrainableModel", "load_model_weights", "make_model", "model_identity", "save_trained"]
+__all__ = [
+    "TrainableModel",
+    "load_model_weights",
+    "make_model",
+    "model_identity",
+    "require_model",
+    "save_trained",
+]
 
 TrainableModel: TypeAlias = Decoder | MemoryModel
 """What a run can train."""
@@ -40,6 +47,16 @@ def make_model(run: RunConfig, vocab_size: int) -> TrainableModel:
     if run.pretrained.trains == "memory":
         _freeze_all_but(model, model.memory_parameters())
     return model
+
+
+def require_model(run: RunConfig) -> None:
+    """Refuse a pretrained model that is not there, before its tokenizer is missed.
+
+    Args:
+        run: The run.
+    """
+    if run.pretrained is not None:
+        _config(run.pretrained)
 
 
 def model_identity(run: RunConfig, vocab_size: int) -> dict[str, Any]:
@@ -110,8 +127,14 @@ def _transformer(config: PretrainedConfig) -> Any:
 
 
 def _config(config: PretrainedConfig) -> Any:
-    if not Path(config.path).is_dir():
-        msg = f"There is no model directory {config.path}. Check pretrained.path."
+    if not (Path(config.path) / "config.json").is_file():
+        problem = (
+            "it has no config.json" if Path(config.path).is_dir() else "there is no such folder"
+        )
+        msg = (
+            "pretrained.path (--model) must be a folder with config.json and weights of a Hugging "
+            f"Face model, got {config.path}: {problem}. Check the path."
+        )
         raise CheckpointError(msg)
     try:
         return AutoConfig.from_pretrained(config.path, local_files_only=True)

@@ -23,25 +23,34 @@ from byheart.evaluation.perplexity import evaluate_perplexity
 from byheart.training.arguments import training_arguments
 from byheart.training.callbacks import TrainEvent
 from byheart.training.checkpoint import (
+    CONFIG,
     MODEL,
+    RESULT,
     Checkpoint,
     explained_write_errors,
-    find_checkpoint,
+    find_start,
     has_checkpoints,
     remove_checkpoints,
 )
 from byheart.training.config import SHORT_LOSS, EvaluationConfig, RunConfig
 from byheart.training.data import RunData, load_data, make_dataset
-from byheart.training.identity import run_identity
+from byheart.training.identity import FREE_TO_CHANGE, run_identity
 from byheart.training.metrics import MetricsFile, plain_number
-from byheart.training.models import TrainableModel, make_model, model_identity, save_trained
+from byheart.training.models import (
+    TrainableModel,
+    make_model,
+    model_identity,
+    require_model,
+    save_trained,
+)
 from byheart.training.trainer import METRICS, MemoryTrainer
 
 __all__ = ["TrainResult", "refuse_existing", "train"]
 
 _LOGGER = logging.getLogger(__name__)
-_CONFIG, _TOKENIZER, _RESULT = "config.json", "tokenizer", "result.json"
-_TENSORBOARD = "tensorboard"
+_TOKENIZER, _TENSORBOARD = "tokenizer", "tensorboard"
+# what a run without a checkpoint may be begun again with: the vocabulary is not known to a recipe
+_FREE = ("name", "evaluation", "model.vocab_size", *(f"training.{one}" for one in FREE_TO_CHANGE))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,8 +95,9 @@ def train(
     Args:
         run: What to do.
         out_dir: Directory of the run.
-        resume: Go on from the newest complete checkpoint. The result is that of a run that was
-            never interrupted. `max_steps`, and how often to log, evaluate and save, may differ.
+        resume: Go on from the newest complete checkpoint, or at step 0 if the run was killed before
+            its first. The result is that of a run that was never interrupted. `max_steps`, and how
+            often to log, evaluate and save, may differ.
         overwrite: Remove the run that is in the directory.
         on_event: Called in the main process for each log line, evaluation and checkpoint.
 
@@ -96,7 +106,7 @@ def train(
 
     Raises:
         ValueError: If the directory holds a run and it is not said what to do with it.
-        CheckpointError: If there is no complete checkpoint to resume from, it belongs to another
+        CheckpointError: If there is nothing to resume, it belongs to another
             run, or something cannot be written.
         TrainingInterruptedError: If SIGINT or SIGTERM came; a checkpoint is written.
     """
@@ -111,7 +121,7 @@ def train(
             refuse_existing(out)
         parts = _prepare(run, out, arguments, resume=resume, on_event=on_event)
         if arguments.process_index == 0:
-            _begin_directory(out, parts, resume=resume)
+            _begin_directory(out, parts)
     model = _train(parts, arguments, on_event)
     fingerprint = parts.data.tokenizer.fingerprint
     if arguments.process_index == 0:
@@ -120,7 +130,7 @@ def train(
     arguments.distributed_state.wait_for_everyone()
     result = _result(out, model, parts)
     if arguments.process_index == 0:
-        with explained_write_errors(out / _RESULT):
+        with explained_write_errors(out / RESULT):
             _write_result(result, parts)
         if on_event is not None:
             values = {"model_dir": str(result.model_dir), "loss": result.loss, **result.evaluation}
@@ -153,7 +163,8 @@ def _prepare(
         What the run is made of.
     """
     is_main = arguments.process_index == 0
-    checkpoint = find_checkpoint(out) if resume else None
+    require_model(run)
+    checkpoint = find_start(out, run, _FREE) if resume else None
     data = load_data(
         run.data,
         out / _TOKENIZER if not is_main or (resume and _saves_same_tokenizer(run, out)) else None,
@@ -262,7 +273,7 @@ def refuse_existing(out: Path) -> None:
     Raises:
         ValueError: If it holds anything of a run.
     """
-    names = (_CONFIG, METRICS, MODEL, _RESULT)
+    names = (CONFIG, METRICS, MODEL, RESULT)
     found = [name for name in names if (out / name).exists()]
     if found or has_checkpoints(out):
         msg = (
@@ -273,25 +284,26 @@ def refuse_existing(out: Path) -> None:
         raise ValueError(msg)
 
 
-def _begin_directory(out: Path, parts: _Parts, *, resume: bool) -> None:
-    with explained_write_errors(out / _CONFIG):
+def _begin_directory(out: Path, parts: _Parts) -> None:
+    with explained_write_errors(out / CONFIG):
         out.mkdir(parents=True, exist_ok=True)
-        (out / _RESULT).unlink(missing_ok=True)
+        (out / RESULT).unlink(missing_ok=True)
         for left_by_a_kill in out.glob(f".{MODEL}.*"):
             shutil.rmtree(left_by_a_kill, ignore_errors=True)
-        if not resume:
+        if parts.checkpoint is None:
             # only what a run writes: the directory may be somebody's home
             remove_checkpoints(out)
-            (out / METRICS).unlink(missing_ok=True)
+            for name in (METRICS, CONFIG):
+                (out / name).unlink(missing_ok=True)
             for name in (MODEL, _TOKENIZER, _TENSORBOARD):
                 shutil.rmtree(out / name, ignore_errors=True)
             parts.data.tokenizer.save(out / _TOKENIZER)
-        save_config(parts.run, out / _CONFIG)
+        save_config(parts.run, out / CONFIG)
 
 
 def _saves_same_tokenizer(run: RunConfig, out: Path) -> bool:
     try:
-        saved = load_config(RunConfig, out / _CONFIG)
+        saved = load_config(RunConfig, out / CONFIG)
     except (OSError, TypeError, ValueError):
         return False
     return saved.data.tokenizer == run.data.tokenizer
@@ -305,7 +317,7 @@ def _check_steps(checkpoint: Checkpoint, run: RunConfig, out: Path) -> None:
             f"{max_steps}. Raise max_steps."
         )
         raise ValueError(msg)
-    before = load_config(RunConfig, out / _CONFIG).training.max_steps
+    before = load_config(RunConfig, out / CONFIG).training.max_steps
     if before != max_steps and run.training.schedule in ("cosine", "linear"):
         _LOGGER.warning(
             "max_steps was %d and is %d: from here on the learning rate follows the %s schedule of "
@@ -361,7 +373,7 @@ def _write_result(result: TrainResult, parts: _Parts) -> None:
         "tokenizer_fingerprint": parts.data.tokenizer.fingerprint,
         "versions": {name: version(name) for name in ("byheart", "torch", "transformers")},
     }
-    write_text_atomic(result.out_dir / _RESULT, json.dumps(content, indent=2) + "\n")
+    write_text_atomic(result.out_dir / RESULT, json.dumps(content, indent=2) + "\n")
 
 
 def _plain(metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from byheart.adapters.recurrent_saving import load_recurrent
 from byheart.config import load_config
 from byheart.data.tasks import Task
 from byheart.data.tokenize import Tokenizer, load_tokenizer
-from byheart.errors import CheckpointError
-from byheart.training.checkpoint import MODEL
+from byheart.errors import CheckpointError, DataError
+from byheart.training.checkpoint import CONFIG, MODEL, RESULT
 from byheart.training.stages import kept_stages, stage_directory
 from byheart.training.task_config import TaskRunConfig
 from byheart.training.task_model import make_task
@@ -27,9 +27,10 @@ __all__ = [
     "find_result",
     "listed",
     "load_task_run",
+    "require_finished",
 ]
 
-CONFIG, TOKENIZER, RESULT = "config.json", "tokenizer", "result.json"
+TOKENIZER = "tokenizer"
 # documents of the final evaluation are not those that the curriculum has looked at
 _FINAL_SEED = 1
 
@@ -88,23 +89,39 @@ def load_task_run(run_dir: str | os.PathLike[str], *, stage: int | None = None) 
 
     Raises:
         CheckpointError: If the run is not finished, or has not kept the stage.
+        DataError: If its documents are not where its config says.
     """
     directory = Path(run_dir)
     if stage is not None:
         _require_stage(directory, stage)
-    elif not (directory / MODEL).is_dir():
-        msg = (
-            f"{directory} must hold a finished run with {MODEL}/ and {TOKENIZER}/. Finish it with "
-            "resume=True (--resume), or name the directory of another."
-        )
-        raise CheckpointError(msg)
+    else:
+        require_finished(directory)
     model = directory / MODEL if stage is None else stage_directory(directory, stage)
     run = load_config(TaskRunConfig, directory / CONFIG)
+    _require_files(run, directory)
     return TrainedTask(
         run=run,
         memory_model=load_recurrent(None, model),
         task=final_task(run, load_tokenizer(directory / TOKENIZER)),
     )
+
+
+def require_finished(run_dir: str | os.PathLike[str]) -> None:
+    """Refuse what is not a finished run, without loading it.
+
+    Args:
+        run_dir: Directory of the run.
+
+    Raises:
+        CheckpointError: If the run is not finished.
+    """
+    directory = Path(run_dir)
+    if not (directory / MODEL).is_dir():
+        msg = (
+            f"{directory} must hold a finished run with {MODEL}/ and {TOKENIZER}/. Finish it with "
+            "resume=True (--resume), or name the directory of another."
+        )
+        raise CheckpointError(msg)
 
 
 def final_task(run: TaskRunConfig, tokenizer: Tokenizer) -> Task:
@@ -119,6 +136,18 @@ def final_task(run: TaskRunConfig, tokenizer: Tokenizer) -> Task:
     """
     seed = run.training.seed + _FINAL_SEED
     return make_task(run, tokenizer, is_training=False, seed=seed)
+
+
+def _require_files(run: TaskRunConfig, directory: Path) -> None:
+    # the background of training is not read again
+    for path in (run.task.facts, run.task.validation_background):
+        if path is not None and not Path(path).exists():
+            msg = (
+                f"The documents of the run must be where {directory / CONFIG} says, {path}, and "
+                f"are not there (relative paths are sought from here, {Path.cwd()}). Go where the "
+                "run was trained, or write the path into that file."
+            )
+            raise DataError(msg)
 
 
 def _require_stage(directory: Path, stage: int) -> None:

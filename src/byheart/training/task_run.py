@@ -24,7 +24,7 @@ from byheart.training.checkpoint import (
     MODEL,
     Checkpoint,
     explained_write_errors,
-    find_checkpoint,
+    find_start,
     remove_checkpoints,
 )
 from byheart.training.curriculum import Curriculum, Outcome
@@ -41,6 +41,14 @@ __all__ = ["TaskResult", "train_task"]
 _TENSORBOARD = "tensorboard"
 # what may be raised when a run is resumed: lower ones could make steps that are done too many
 _FREE_TO_RAISE = ("stage_steps", "continue_steps")
+_FREE = {
+    "training": ("save_every", "keep_checkpoints", "log_every"),
+    "curriculum": (*_FREE_TO_RAISE, "keep_stages"),
+}
+# what a run without a checkpoint may be begun again with
+_FREE_NAMES = (
+    "name", "evaluation", *(f"{part}.{name}" for part, names in _FREE.items() for name in names),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,10 +133,10 @@ def train_task(
     Args:
         run: What to do.
         out_dir: Directory of the run.
-        resume: Go on from the newest complete checkpoint. The result is that of a run that was
-            never interrupted. How often to log and save and the final evaluation may differ,
-            `stage_steps` and `continue_steps` may be higher, and stages be kept from now on if
-            none was reached, or no longer.
+        resume: Go on from the newest complete checkpoint, or at step 0 if the run was killed before
+            its first. The result is that of a run that was never interrupted. How often to log and
+            save and the final evaluation may differ, `stage_steps` and `continue_steps` may be
+            higher, and stages be kept from now on if none was reached, or no longer.
         overwrite: Remove the run that is in the directory.
         on_event: Called in the main process for each log line, evaluation and checkpoint.
         on_progress: Called during the final evaluation.
@@ -139,7 +147,7 @@ def train_task(
     Raises:
         ValueError: If the directory holds a run and it is not said what to do with it, or stages
             are to be kept that are past.
-        CheckpointError: If there is no complete checkpoint to resume from, it belongs to another
+        CheckpointError: If there is nothing to resume, it belongs to another
             run, or something cannot be written.
         TrainingInterruptedError: If SIGINT or SIGTERM came; a checkpoint is written.
     """
@@ -155,7 +163,7 @@ def train_task(
         # the others come when the main process has begun the directory
         if is_main and not resume and not overwrite:
             refuse_existing(out)
-        checkpoint = find_checkpoint(out) if resume else None
+        checkpoint = find_start(out, run, _FREE_NAMES) if resume else None
         saved = out / TOKENIZER if resume or not is_main else None
         tokenizer = make_tokenizer(run, saved)
         identity = _identity(run, tokenizer, arguments.world_size)
@@ -221,10 +229,7 @@ def _identity(run: TaskRunConfig, tokenizer: TaskTokenizer, num_processes: int) 
     plain: dict[str, Any] = to_dict(run)
     for name in ("name", "evaluation"):
         del plain[name]
-    for part, names in (
-        ("training", ("save_every", "keep_checkpoints", "log_every")),
-        ("curriculum", (*_FREE_TO_RAISE, "keep_stages")),
-    ):
+    for part, names in _FREE.items():
         for name in names:
             del plain[part][name]
     fingerprint = tokenizer.tokenizer.fingerprint
@@ -285,7 +290,8 @@ def _begin_directory(
         else:
             # only what a run writes: the directory may be somebody's home
             remove_checkpoints(out)
-            (out / METRICS).unlink(missing_ok=True)
+            for name in (METRICS, CONFIG):
+                (out / name).unlink(missing_ok=True)
             for name in (MODEL, STAGES, TOKENIZER, _TENSORBOARD):
                 shutil.rmtree(out / name, ignore_errors=True)
             tokenizer.tokenizer.save(out / TOKENIZER)

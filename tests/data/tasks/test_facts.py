@@ -254,5 +254,5 @@ def test_a_malformed_line_of_babi_is_named(tmp_path, line, problem):
 def test_a_file_without_stories_is_refused(write_lines, tmp_path):
     with pytest.raises(DataError, match="must hold at least one story, got none"):
         read_stories(write_lines(""))
-    with pytest.raises(DataError, match=r"must be the path of a JSON lines file, got '.*missing'"):
+    with pytest.raises(DataError, match=r"must be in an existing file, .* got '.*missing'"):
         read_stories(str(tmp_path / "missing"))

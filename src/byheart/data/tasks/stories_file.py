@@ -40,7 +40,8 @@ def read_stories(path: str | os.PathLike[str], *, num_facts: int | None = None) 
     file = Path(path)
     if not file.is_file():
         msg = (
-            f"facts must be the path of a JSON lines file, got {os.fspath(path)!r}. Check the path."
+            "Stories must be in an existing file, JSON lines or bAbI's own, got "
+            f"{os.fspath(path)!r}. Check the path."
         )
         raise DataError(msg)
     with open_stream(file) as (content, _):
