@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from byheart.ops import reference_search, search, search_cpu
+from byheart.ops import reference_search, search_cpu, search_head
 from byheart.ops.search import Neighbours, check_shapes, check_top_k, recall, top_k_inner_product
 from byheart.ops.search_cpu import num_buckets, scan_top_k
 from byheart.ops.search_select import (
@@ -208,13 +208,13 @@ def test_many_keys_are_searched_a_slab_at_a_time(monkeypatch, kind):
         keys = keys[:, :, :8].repeat(1, 1, entries // 8 + 1, 1)[:, :, :entries]
     elif kind == "biased":
         bias = torch.linspace(-3, 3, entries).expand(BATCH, -1)
-    scan = search.scan_top_k
+    scan = search_head.scan_top_k
 
     def counted(queries_QD, keys_ND, *arguments):
         slabs.append(len(keys_ND))
         return scan(queries_QD, keys_ND, *arguments)
 
-    monkeypatch.setattr(search, "scan_top_k", counted)
+    monkeypatch.setattr(search_head, "scan_top_k", counted)
     found = top_k_inner_product(
         queries, keys, valid, TOP_K, bias=bias, max_bytes=1, scan_dtype=torch.bfloat16
     )

@@ -70,7 +70,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     if not path.is_file():
-        msg = f"{directory} is not complete: it has no {MANIFEST}. It was cut short while saving."
+        msg = (
+            f"{directory} is not complete: it has no {MANIFEST}. It was cut short while saving, or "
+            "byheart has not written it."
+        )
         raise CheckpointError(msg)
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -81,8 +84,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     for name, facts in files.items():
         file = directory / name
         if not file.is_file() or file.stat().st_size != facts["bytes"]:
-            size = file.stat().st_size if file.is_file() else "no"
-            msg = f"{file} must have {facts['bytes']} bytes, found {size}. It was cut short."
+            size = file.stat().st_size if file.is_file() else 0
+            what = "cut short" if size < facts["bytes"] else "changed after it was saved"
+            msg = f"{file} must have {facts['bytes']} bytes, found {size or 'no'}. It was {what}."
             raise CheckpointError(msg)
         if checksum(file) != facts["sha256"]:
             msg = f"{file} was changed after it was saved: its checksum differs."

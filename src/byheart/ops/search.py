@@ -11,25 +11,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from byheart.ops import search_plan, search_triton
-from byheart.ops.search_cpu import num_buckets, scan_top_k
+from byheart.ops.search_head import search_head
 from byheart.ops.search_select import (
     EXCLUDED,
-    GROUP,
     Buffers,
     buffers_on,
     default_max_bytes,
     product_top_k,
-    sort_packed,
-    unpack,
 )
-
-# below these sizes the float32 product is as fast as the bfloat16 scan, whose cost per key (the
-# rounding) and per call of a PyTorch operation does not shrink with the queries
-_SCAN_MIN_ENTRIES = 8192
-_SCAN_MIN_QUERIES = 128
-# a block of queries reads the bfloat16 keys of a slab; with fewer at once that takes longer than
-# the product
-_SCAN_BLOCK_QUERIES = 64
 
 
 class Neighbours(NamedTuple):
@@ -151,85 +140,6 @@ def _checked_bias(bias: Tensor | None, valid: Tensor) -> Tensor | None:
     return bias
 
 
-def _uses_scan(
-    num_queries: int, num_entries: int, top_k: int, scan_dtype: torch.dtype | None
-) -> bool:
-    if num_entries < GROUP * num_buckets(top_k) or scan_dtype is torch.float32:
-        return False
-    if scan_dtype is torch.bfloat16:
-        return True
-    if num_queries < _SCAN_MIN_QUERIES or num_entries < _SCAN_MIN_ENTRIES:
-        return False
-    # without the instruction a bfloat16 product is slower than a float32 one
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _search_head(
-    queries_QD: Tensor,
-    keys_ND: Tensor,
-    bias_N: Tensor | None,
-    top_k: int,
-    max_bytes: int,
-    scan_dtype: torch.dtype | None,
-    buffers: Buffers,
-) -> tuple[Tensor, Tensor]:
-    def product(queries_QD: Tensor) -> tuple[Tensor, Tensor]:
-        bias_PN = None if bias_N is None else bias_N[None]
-        scores, slots = product_top_k(
-            queries_QD[None], keys_ND[None], None, top_k, max_bytes, buffers, bias_PN
-        )
-        return scores[0], slots[0]
-
-    if not _uses_scan(queries_QD.shape[0], keys_ND.shape[0], top_k, scan_dtype):
-        return product(queries_QD)
-    scores_QK, slots_QK, proven_Q = scan_top_k(
-        queries_QD, keys_ND, top_k, max_bytes, buffers, bias_N
-    )
-    if not proven_Q.all():
-        rest = (~proven_Q).nonzero().squeeze(1)
-        scores_QK[rest], slots_QK[rest] = product(queries_QD[rest])
-    return scores_QK, slots_QK
-
-
-def _search_slabs(
-    queries_QD: Tensor,
-    keys_ND: Tensor,
-    bias_N: Tensor | None,
-    top_k: int,
-    max_bytes: int,
-    scan_dtype: torch.dtype | None,
-    buffers: Buffers,
-) -> tuple[Tensor, Tensor]:
-    """Search many keys a slab at a time, and merge.
-
-    Returns:
-        Scores and slots of one head.
-    """
-    num_queries, num_entries = queries_QD.shape[0], keys_ND.shape[0]
-    limits = (top_k, max_bytes, scan_dtype, buffers)
-    fitting = max_bytes // (2 * min(max(1, num_queries), _SCAN_BLOCK_QUERIES))
-    num_slabs = num_entries // max(fitting, GROUP * num_buckets(top_k))
-    if num_slabs < 2 or not _uses_scan(num_queries, num_entries, top_k, scan_dtype):
-        return _search_head(queries_QD, keys_ND, bias_N, *limits)  # cuts a product by itself
-    slab = -(-num_entries // num_slabs)
-    best: tuple[Tensor, Tensor] | None = None
-    for start in range(0, num_entries, slab):
-        part = slice(start, start + slab)
-        bias = None if bias_N is None else bias_N[part]
-        scores_QK, slots_QK = _search_head(queries_QD, keys_ND[part], bias, *limits)
-        slots_QK = slots_QK + start
-        if best is not None:
-            scores_QK = torch.cat([best[0], scores_QK], dim=1)
-            slots_QK = torch.cat([best[1], slots_QK], dim=1)
-            scores_QK, slots_QK = unpack(
-                sort_packed(scores_QK, slots_QK, top_k, buffers, in_order=True)
-            )
-        best = scores_QK, slots_QK
-    assert best is not None
-    return best
-
-
 def _search_rows(
     queries_BGQD: Tensor,
     keys_BGND: Tensor,
@@ -260,7 +170,7 @@ def _search_rows(
         for group, keys_ND in enumerate(keys_GND):
             candidates = keys_ND.index_select(0, present) if has_gaps else keys_ND[:num_present]
             queries_QD = queries_BGQD[row, group]
-            found = _search_slabs(queries_QD, candidates, bias_N, kept, *limits, buffers)
+            found = search_head(queries_QD, candidates, bias_N, kept, *limits, buffers)
             scores[row, group, :, :kept] = found[0]
             slots[row, group, :, :kept] = present[found[1]] if has_gaps else found[1]
     return Neighbours(scores, slots, is_valid)
@@ -324,7 +234,7 @@ def top_k_inner_product(
 
     On a CPU, large searches discard most keys by a bfloat16 product whose error is bounded, score
     the rest in float32 and prove the result for each query; what cannot be proven is searched in
-    float32 (`byheart.ops.search_cpu`). On CUDA nothing waits for the device, and large searches
+    float32 (`byheart.ops.search_head`). On CUDA nothing waits for the device, and large searches
     keep group maxima instead of scores where Triton works (`byheart.ops.search_triton`).
 
     Args:

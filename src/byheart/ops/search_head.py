@@ -1,0 +1,104 @@
+"""Exact top-k of one head on the CPU: a scan or a product, whichever is faster, slab by slab."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from byheart.ops.search_cpu import num_buckets, scan_top_k
+from byheart.ops.search_select import GROUP, Buffers, product_top_k, sort_packed, unpack
+
+# below these sizes the float32 product is as fast as the bfloat16 scan, whose cost per key (the
+# rounding) and per call of a PyTorch operation does not shrink with the queries
+_SCAN_MIN_ENTRIES = 8192
+_SCAN_MIN_QUERIES = 128
+# a block of queries reads the bfloat16 keys of a slab; with fewer at once that takes longer than
+# the product
+_SCAN_BLOCK_QUERIES = 64
+
+
+def _uses_scan(
+    num_queries: int, num_entries: int, top_k: int, scan_dtype: torch.dtype | None
+) -> bool:
+    if num_entries < GROUP * num_buckets(top_k) or scan_dtype is torch.float32:
+        return False
+    if scan_dtype is torch.bfloat16:
+        return True
+    if num_queries < _SCAN_MIN_QUERIES or num_entries < _SCAN_MIN_ENTRIES:
+        return False
+    # without the instruction a bfloat16 product is slower than a float32 one
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _search_slab(
+    queries_QD: Tensor,
+    keys_ND: Tensor,
+    bias_N: Tensor | None,
+    top_k: int,
+    max_bytes: int,
+    scan_dtype: torch.dtype | None,
+    buffers: Buffers,
+) -> tuple[Tensor, Tensor]:
+    def product(queries_QD: Tensor) -> tuple[Tensor, Tensor]:
+        bias_PN = None if bias_N is None else bias_N[None]
+        scores, slots = product_top_k(
+            queries_QD[None], keys_ND[None], None, top_k, max_bytes, buffers, bias_PN
+        )
+        return scores[0], slots[0]
+
+    if not _uses_scan(queries_QD.shape[0], keys_ND.shape[0], top_k, scan_dtype):
+        return product(queries_QD)
+    scores_QK, slots_QK, proven_Q = scan_top_k(
+        queries_QD, keys_ND, top_k, max_bytes, buffers, bias_N
+    )
+    if not proven_Q.all():
+        rest = (~proven_Q).nonzero().squeeze(1)
+        scores_QK[rest], slots_QK[rest] = product(queries_QD[rest])
+    return scores_QK, slots_QK
+
+
+def search_head(
+    queries_QD: Float[Tensor, "query head_dim"],
+    keys_ND: Float[Tensor, "entry head_dim"],
+    bias_N: Float[Tensor, " entry"] | None,
+    top_k: int,
+    max_bytes: int,
+    scan_dtype: torch.dtype | None,
+    buffers: Buffers,
+) -> tuple[Float[Tensor, "query top_k"], Int[Tensor, "query top_k"]]:
+    """Find the keys with the largest inner products, exactly; many keys a slab at a time.
+
+    Args:
+        queries_QD: Queries in float32.
+        keys_ND: Keys of one head, all of them entries.
+        bias_N: Added to the scores of each entry.
+        top_k: Neighbours per query, at most `entry`.
+        max_bytes: Bytes of scores held at a time.
+        scan_dtype: Precision of the first pass; `None` for the faster one.
+        buffers: Reused memory.
+
+    Returns:
+        Scores, descending, and slots.
+    """
+    num_queries, num_entries = queries_QD.shape[0], keys_ND.shape[0]
+    limits = (top_k, max_bytes, scan_dtype, buffers)
+    fitting = max_bytes // (2 * min(max(1, num_queries), _SCAN_BLOCK_QUERIES))
+    num_slabs = num_entries // max(fitting, GROUP * num_buckets(top_k))
+    if num_slabs < 2 or not _uses_scan(num_queries, num_entries, top_k, scan_dtype):
+        return _search_slab(queries_QD, keys_ND, bias_N, *limits)  # cuts a product by itself
+    slab = -(-num_entries // num_slabs)
+    best: tuple[Tensor, Tensor] | None = None
+    for start in range(0, num_entries, slab):
+        part = slice(start, start + slab)
+        bias = None if bias_N is None else bias_N[part]
+        scores_QK, slots_QK = _search_slab(queries_QD, keys_ND[part], bias, *limits)
+        slots_QK = slots_QK + start
+        if best is not None:
+            scores_QK = torch.cat([best[0], scores_QK], dim=1)
+            slots_QK = torch.cat([best[1], slots_QK], dim=1)
+            scores_QK, slots_QK = unpack(
+                sort_packed(scores_QK, slots_QK, top_k, buffers, in_order=True)
+            )
+        best = scores_QK, slots_QK
+    assert best is not None
+    return best
