@@ -14,6 +14,7 @@ from byheart.evaluation.peak_memory import peak_memory
 from byheart.evaluation.segments import count_right, evaluate_by_segments
 from byheart.evaluation.segments_plot import plot_accuracy_by_segments
 from byheart.evaluation.segments_result import RunsResult, SegmentsMeasurement, SegmentsResult
+from byheart.memory.recurrent import RecurrentState
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 
 LENGTH = 23
@@ -97,6 +98,25 @@ def test_no_more_than_a_few_segments_are_asked_for_at_once(make_task, monkeypatc
     )
     assert set(asked) == {4 * LENGTH}
     assert result.measurements[0].num_tokens == sum(asked) == 2 * 64 * LENGTH
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_products_have_the_precision_asked_for_and_memory_has_its_own(make_task, precision):
+    task, products = make_task(), set()
+    model = make_model(task)
+    linear = next(part for part in model.modules() if isinstance(part, torch.nn.Linear))
+    linear.register_forward_hook(lambda _, __, output: products.add(output.dtype))
+    commit, memories = RecurrentState.commit, set()
+
+    def committed(state, new):
+        memories.add(new.memory.dtype)
+        return commit(state, new)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RecurrentState, "commit", committed)
+        count_right(model, task, 3, range(2), precision=precision)
+    assert products == {getattr(torch, precision)}
+    assert memories == {torch.float32}
 
 
 def test_measuring_leaves_the_model_in_its_mode_without_gradients(make_task):

@@ -192,6 +192,32 @@ def test_a_lesson_that_is_not_learned_or_cannot_be_is_said(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_run_in_bfloat16_trains_and_measures_in_it(tmp_path, monkeypatch):
+    seen, count = set(), task_trainer.count_right
+
+    def counted(model, *arguments, **options):
+        seen.add((options["precision"], model.config._attn_implementation))
+        return count(model, *arguments, **options)
+
+    monkeypatch.setattr(task_trainer, "count_right", counted)
+    # it makes outputs from mappings, which the type checks of the tests refuse
+    monkeypatch.setattr("accelerate.accelerator.convert_outputs_to_fp32", lambda forward: forward)
+    result = train_task(task_run(training={"precision": "bfloat16"}), tmp_path)
+    assert result.outcome == "reached"
+    # on a CPU without torch's fused attention, whose backward pass is slow there
+    assert seen == {("bfloat16", "eager")}
+    measured = numbers_of(tmp_path)["evaluation"]["measurements"]
+    trained = load_task_run(tmp_path)
+    again = evaluate_by_segments(
+        trained.memory_model,
+        trained.task,
+        segments=trained.run.evaluation.segments,
+        samples=trained.run.evaluation.samples,
+        precision="bfloat16",
+    )
+    assert [m.num_right for m in again.measurements] == [m["num_right"] for m in measured]
+
+
 def test_what_cannot_be_evaluated_is_refused_before_a_run_is_overwritten(whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
