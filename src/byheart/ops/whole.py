@@ -1,6 +1,5 @@
 """Attention over a whole memory, without a gradient into it and without a search."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,23 +103,25 @@ def _logits(
     return queries[part] @ keys[part[:2]].to(queries.dtype).mT + mask[part[0], None, None]
 
 
-def _parts(queries: Tensor, keys: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+def _parts(queries: Tensor, keys: Tensor) -> list[tuple[slice, slice, slice]]:
     """Cut rows, key-value heads and queries into pieces whose scores fit the byte budget.
 
-    Yields:
+    Returns:
         Slices of the three axes: whole rows if they fit, or whole heads, or queries of a head.
     """
     batch, groups, num_queries, _ = queries.shape
     budget = _CHUNK_BYTES.get(queries.device.type, _CHUNK_BYTES["cuda"])
     fitting = max(1, budget // (4 * max(1, keys.shape[2])))
-    query_step = min(num_queries, fitting)
+    query_step = max(1, min(num_queries, fitting))
     group_step = max(1, min(groups, fitting // max(1, num_queries)))
     row_step = max(1, min(batch, fitting // max(1, num_queries * groups)))
-    for row in range(0, batch, row_step):
-        for group in range(0, groups, group_step):
-            for query in range(0, num_queries, max(1, query_step)):
-                yield (
-                    slice(row, row + row_step),
-                    slice(group, group + group_step),
-                    slice(query, query + query_step),
-                )
+    return [
+        (
+            slice(row, row + row_step),
+            slice(group, group + group_step),
+            slice(query, query + query_step),
+        )
+        for row in range(0, batch, row_step)
+        for group in range(0, groups, group_step)
+        for query in range(0, num_queries, query_step)
+    ]
