@@ -117,7 +117,9 @@ def test_what_does_not_fit_is_refused(run, tmp_path):
         replace(run, model=ModelConfig.preset("tiny"))
     with pytest.raises(ValueError, match="got neither"):
         replace(run, pretrained=None)
-    with pytest.raises(CheckpointError, match="must be a folder with config.json and weights .* got nowhere"):
+    with pytest.raises(
+        CheckpointError, match=r"must be a folder with config.json and weights .* got nowhere"
+    ):
         train(replace(run, pretrained=replace(run.pretrained, path="nowhere")), tmp_path / "run")
     small = LlamaForCausalLM(
         LlamaConfig(
