@@ -1,19 +1,22 @@
 import pytest
 import torch
+from attend_setup import (
+    BATCH,
+    ENTRIES,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    QUERIES,
+    assert_same_with_gradients,
+    make_inputs,
+)
 
 from byheart.ops import gather, reference
 from byheart.ops.attention import EXCLUDED
 from byheart.ops.gather import gather_attend
 from byheart.ops.search import Neighbours
 
-BATCH, HEADS, KV_HEADS, QUERIES, ENTRIES, TOP_K, HEAD_DIM = 3, 4, 2, 5, 11, 7, 13
-
-
-def make_inputs(dtype=torch.float64, store_dtype=None):
-    queries = torch.randn(BATCH, HEADS, QUERIES, HEAD_DIM, dtype=dtype, requires_grad=True)
-    scale = (torch.rand(HEADS, dtype=dtype) + 0.5).requires_grad_()
-    keys, values = torch.randn(2, BATCH, KV_HEADS, ENTRIES, HEAD_DIM, dtype=dtype)
-    return queries, scale, keys.to(store_dtype or dtype), values.to(store_dtype or dtype)
+TOP_K = 7
 
 
 def find(queries, keys, valid):
@@ -28,15 +31,6 @@ def find(queries, keys, valid):
 def some_entries():
     """The first row is empty, the second holds fewer entries than are asked for."""
     return torch.arange(ENTRIES) < torch.tensor([[0], [TOP_K - 4], [ENTRIES]])
-
-
-def assert_same_with_gradients(fast, slow, queries, scale):
-    for mine, theirs in zip(fast, slow, strict=True):
-        torch.testing.assert_close(mine, theirs)
-    weights = [torch.randn_like(side) for side in slow]
-    gradients = [torch.autograd.grad(side, (queries, scale), weights) for side in (fast, slow)]
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("empty_as_zero", [False, True])

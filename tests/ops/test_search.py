@@ -224,6 +224,16 @@ def test_many_keys_are_searched_a_slab_at_a_time(monkeypatch, kind):
     assert min(slabs) >= GROUP * num_buckets(TOP_K)
 
 
+def test_every_slab_holds_enough_entries():
+    # in slabs of 129 the last of these would be alone, and two are asked for
+    entries, top_k = 129 * 130 + 1, 2
+    queries, keys, valid = (side[:1] for side in make_inputs(entries))
+    keys[:, :, -1] *= 100
+    found = top_k_inner_product(queries, keys, valid, top_k, max_bytes=1, scan_dtype=torch.bfloat16)
+    assert_same(found, full_product(queries, keys, valid, top_k), queries, keys)
+    assert (found.slots.diff(dim=-1) != 0).all()
+
+
 @pytest.mark.parametrize("max_bytes", [None, 2**12])
 def test_keys_of_invalid_slots_are_never_looked_at(max_bytes):
     queries, keys, valid = make_inputs(entries=401)

@@ -1,5 +1,7 @@
 """Exact top-k of one head on the CPU: a scan or a product, whichever is faster, slab by slab."""
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -86,10 +88,11 @@ def search_head(
     num_slabs = num_entries // max(fitting, GROUP * num_buckets(top_k))
     if num_slabs < 2 or not _uses_scan(num_queries, num_entries, top_k, scan_dtype):
         return _search_slab(queries_QD, keys_ND, bias_N, *limits)  # cuts a product by itself
-    slab = -(-num_entries // num_slabs)
+    # of equal size, so that each holds `top_k` entries
+    edges = [num_entries * index // num_slabs for index in range(num_slabs + 1)]
     best: tuple[Tensor, Tensor] | None = None
-    for start in range(0, num_entries, slab):
-        part = slice(start, start + slab)
+    for start, stop in pairwise(edges):
+        part = slice(start, stop)
         bias = None if bias_N is None else bias_N[part]
         scores_QK, slots_QK = _search_slab(queries_QD, keys_ND[part], bias, *limits)
         slots_QK = slots_QK + start

@@ -28,7 +28,7 @@ def rmt_reason() -> TaskRunConfig:
     """Keep two facts from anywhere in a text, and answer by the one that is asked for."""
     return TaskRunConfig(
         name="rmt-reason",
-        # parts of these facts in the background make the first stage slower by far
+        # parts of these facts in the background have not made it better at long documents
         task=TaskPart(name="reason", fragments=0.0),
         # one kind of story in four is hardly learned among the others, and not at all where
         # every layer meets the background

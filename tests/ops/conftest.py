@@ -1,0 +1,6 @@
+"""Makes `attend_setup` importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
