@@ -1,6 +1,7 @@
 """Recurrent memory around a model of our own: gradients, replay, and what is kept for them."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -80,7 +81,7 @@ def gradients(core, model, segments, *, seed=None):
     core.zero_grad(), model.zero_grad()
     if seed is not None:
         torch.manual_seed(seed)
-    outputs, memory, _ = core.unroll(model, segments, first_memory(core))
+    outputs, memory, *_ = core.unroll(model, segments, first_memory(core))
     total_loss(outputs).backward()
     named = itertools.chain(core.named_parameters(), model.named_parameters())
     grads = {name: weight.grad.clone() for name, weight in named if weight.grad is not None}
@@ -170,7 +171,7 @@ def test_truncation_changes_no_output_and_no_memory(losses):
     for depth in (1, 2, 4):
         other = make_core(bptt_depth=depth)
         other.load_state_dict(core.state_dict())
-        outputs, memory, _ = other.unroll(model, segments, first_memory(other))
+        outputs, memory, *_ = other.unroll(model, segments, first_memory(other))
         close(memory, full.memory)
         for mine, theirs in zip(outputs, full.outputs, strict=True):
             assert (mine is None) == (theirs is None)
@@ -250,7 +251,7 @@ def kept_bytes(core, model, segments):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs, memory, _ = core.unroll(model, segments, first_memory(core))
+        outputs, memory, *_ = core.unroll(model, segments, first_memory(core))
     assert memory is not None
     assert outputs[-1] is not None
     return sum(size for size, _ in kept.values())
@@ -274,7 +275,7 @@ def test_a_depth_keeps_what_the_segments_in_reach_need():
 @torch.no_grad()
 def test_reading_keeps_nothing():
     core, segments = make_core(), make_segments(32)
-    outputs, memory, _ = core.unroll(TinyModel(), segments, torch.zeros(2, 3, WIDTH))
+    outputs, memory, *_ = core.unroll(TinyModel(), segments, torch.zeros(2, 3, WIDTH))
     assert outputs[:-1] == [None] * 31
     assert not memory.requires_grad
     assert kept_bytes(make_core(), TinyModel(), make_segments(32)) == 0
@@ -354,6 +355,59 @@ def test_the_gate_keeps_or_replaces(bias, kept):
     close(gated.step(model, segment, memory)[0], memory if kept else replaced)
 
 
+@pytest.mark.parametrize(("bias", "share"), [(-3.0, 0.0), (3.0, 1.0)])
+def test_a_gate_closes_and_opens_completely(bias, share):
+    gated, plain = make_core(update="gated", gate_bias_init=bias).eval(), make_core()
+    model, segments, memory = TinyModel(), make_segments(4), torch.randn(ROWS, MEMORY, WIDTH)
+    after = gated.unroll(model, segments, memory)
+    assert torch.equal(
+        after.memory, plain.unroll(model, segments, memory).memory if share else memory
+    )
+    assert after.write_share == share
+    assert plain.unroll(model, segments, memory).write_share is None
+
+
+@pytest.mark.parametrize(("noise", "learns"), [(0.0, False), (1.0, True)])
+def test_noise_lets_a_closed_gate_learn(noise, learns):
+    torch.manual_seed(0)
+    core = make_core(update="gated", gate_bias_init=-3.0, gate_noise=noise)
+    after = core.unroll(TinyModel(), make_segments(4, rows=50), first_memory(core, 50))
+    after.write_share.backward()
+    assert bool(core.gate.bias.grad != 0) == learns
+
+
+@pytest.mark.parametrize("settings", [{}, {"bptt_depth": 9}, {"bptt_depth": 3}], ids=str)
+@pytest.mark.parametrize("losses", [[6], [0, 3, 6], range(7)])
+def test_what_was_rewritten_is_the_same_however_it_is_computed(settings, losses):
+    gate = {"update": "gated", "gate_bias_init": 0.5, "gate_noise": 0.0}
+    full, other = make_core(**gate), make_core(**gate, **settings, replay=True)
+    full.gate.weight.data.normal_()
+    other.load_state_dict(full.state_dict())
+    model, segments = TinyModel(), make_segments(7, losses=losses)
+    shares = [
+        core.unroll(model, segments, first_memory(core)).write_share for core in (full, other)
+    ]
+    close(*shares)
+    assert 0.05 < shares[0].item() < 0.95
+    if "bptt_depth" not in settings or settings["bptt_depth"] == 9:
+        grads = [
+            torch.autograd.grad(share, [core.gate.weight, core.memory, model.embedding.weight])
+            for share, core in zip(shares, (full, other), strict=True)
+        ]
+        for mine, theirs in zip(*grads, strict=True):
+            close(mine, theirs)
+
+
+def test_rows_that_write_nothing_do_not_count_as_rewritten():
+    core = make_core(update="gated", gate_bias_init=0.0).eval()
+    whole, partly = make_segments(2)
+    partly = replace(partly, writes_memory=torch.tensor([True] + [False] * (ROWS - 1)))
+    share = core.unroll(TinyModel(), [whole, partly], first_memory(core)).write_share
+    assert share.item() == pytest.approx(0.5)
+    nothing = replace(whole, writes_memory=torch.zeros(ROWS, dtype=torch.bool))
+    assert core.unroll(TinyModel(), [nothing], first_memory(core)).write_share == 0
+
+
 def test_a_normalised_memory_starts_as_large_as_embeddings():
     torch.manual_seed(1)
     core = make_core(normalize_memory=True)
@@ -379,7 +433,7 @@ def test_noise_is_relative_and_only_for_training():
 def test_the_memory_stays_float32_under_autocast(settings):
     core, model = make_core(**settings), TinyModel()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs, memory, _ = core.unroll(model, make_segments(3), first_memory(core))
+        outputs, memory, *_ = core.unroll(model, make_segments(3), first_memory(core))
     assert memory.dtype == torch.float32
     total_loss(outputs).backward()
     assert all(p.grad.isfinite().all() for p in core.parameters() if p.grad is not None)
@@ -389,7 +443,7 @@ def test_the_memory_stays_float32_under_autocast(settings):
 def test_the_memory_stays_float32_beside_half_weights(settings):
     core, model = make_core(**settings).bfloat16(), TinyModel().bfloat16()
     memory = first_memory(core).float()
-    outputs, memory, _ = core.unroll(model, make_segments(3), memory)
+    outputs, memory, *_ = core.unroll(model, make_segments(3), memory)
     assert memory.dtype == torch.float32
     total_loss(outputs).backward()
 
@@ -397,6 +451,6 @@ def test_the_memory_stays_float32_beside_half_weights(settings):
 def test_no_memory_tokens_are_no_memory():
     config = RecurrentMemoryConfig(segment_length=TEXT, num_memory_tokens=0, update="gated")
     core = RecurrentCore(config, WIDTH, mean=torch.zeros(WIDTH), std=torch.ones(WIDTH))
-    outputs, memory, _ = core.unroll(TinyModel(), make_segments(3), torch.zeros(ROWS, 0, WIDTH))
+    outputs, memory, *_ = core.unroll(TinyModel(), make_segments(3), torch.zeros(ROWS, 0, WIDTH))
     assert memory.shape == (ROWS, 0, WIDTH)
     assert outputs[-1].shape == (ROWS,)

@@ -83,7 +83,7 @@ def gradients(core, decoder, segments, *, seed=5):
     core.zero_grad(), decoder.zero_grad()
     torch.manual_seed(seed)
     reader = make_reader(decoder, past=2)
-    outputs, memory, reader = core.unroll(reader, segments, first_memory(core))
+    outputs, memory, reader, _ = core.unroll(reader, segments, first_memory(core))
     loss = sum(out.token_losses.sum() for out in outputs if out is not None)
     loss.backward()
     named = itertools.chain(core.named_parameters(), decoder.named_parameters())
@@ -148,7 +148,7 @@ def test_a_call_reads_the_knn_memory_that_was_there_when_it_began(kind):
     decoder, core = tiny_decoder(tiny_config(**KINDS[kind])), make_core()
     state = make_reader(decoder, past=2).state
     segments = make_segments(3)
-    outputs, memory, reader = core.unroll(
+    outputs, memory, reader, _ = core.unroll(
         DecoderReader(decoder, state), segments, first_memory(core)
     )
     # by hand: every segment reads the same ring, and the XL cache of the segment before

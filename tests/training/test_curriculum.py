@@ -133,6 +133,15 @@ def test_a_curriculum_may_begin_with_longer_documents():
     assert (done.stage, done.saturated_at, config(min_segments=2).most_steps) == (4, 30, 80)
 
 
+def test_longer_documents_come_when_the_last_stage_was_reached_and_not_before():
+    learning = after(1.0, 1.0, continue_segments=6)
+    assert (learning.stage, learning.longest) == (3, 3)
+    done = after(1.0, 1.0, 1.0, continue_segments=6)
+    assert (done.stage, done.longest) == (3, 6)
+    assert {done.num_segments(0, step) for step in range(100)} == {1, 2, 3, 4, 5, 6}
+    assert done.rate_share(40, "linear", 0, 0.5) == pytest.approx(0.5 * 6**-0.5)
+
+
 def test_lengths_follow_from_seed_and_step_alone():
     curriculum = after(1.0, 1.0)
     drawn = [curriculum.num_segments(0, step) for step in range(40)]
@@ -164,6 +173,7 @@ def test_the_rate_falls_with_the_length_of_the_stage():
     ("changes", "message"),
     [
         ({"max_segments": 0}, "max_segments must be at least 1, got 0"),
+        ({"continue_segments": 2}, "continue_segments must be at least 3, got 2"),
         ({"stage_steps": 9}, "stage_steps must be at least 10, got 9"),
         ({"stage_share": 1.5}, "stage_share must be between 0 and 1, got 1.5"),
         ({"advance_accuracy": 99.5}, "advance_accuracy must be between 0 and 1, got 99.5"),

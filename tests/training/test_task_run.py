@@ -351,6 +351,22 @@ def test_held_out_facts_are_never_trained_on_and_the_last_evaluation_has_other_d
     assert stages.sample(0, 2).text() != final.sample(0, 2).text()
 
 
+def test_writing_costs_nothing_before_the_last_stage_was_reached(tmp_path):
+    weights = {}
+    for steps in (0, 3):
+        for cost in (0.0, 100.0):
+            run = task_run(
+                memory={"update": "gated"},
+                training={"write_cost": cost},
+                curriculum={"continue_steps": steps, "continue_segments": 4},
+            )
+            out = tmp_path / f"{steps}-{cost}"
+            train_task(run, out)
+            weights[steps, cost] = weights_of(out)
+    assert weights[0, 0.0] == weights[0, 100.0]
+    assert weights[3, 0.0] != weights[3, 100.0]
+
+
 @pytest.mark.parametrize("architecture", ["modernbert", "bert"])
 @pytest.mark.parametrize(
     "task", [task_part(name="reason"), task_part(name="detect", form="report")]

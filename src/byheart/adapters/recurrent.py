@@ -52,6 +52,9 @@ class RecurrentOutput(ModelOutput):  # type: ignore[misc]
     """Language models: negative log likelihood of each label, in nats; 0 where it is -100."""
     new_entries: NewMemory | None = None
     """What to give to `state.commit`."""
+    write_share: Float[Tensor, ""] | None = None
+    """With `update="gated"`, the share of its memory that a segment has rewritten, on average. It
+    has a gradient: added to the loss, it makes the memory keep what it can."""
 
 
 class RecurrentMemory(nn.Module):
@@ -292,7 +295,7 @@ class RecurrentMemory(nn.Module):
         """Put saved memory around a model, see `byheart.adapters.recurrent_saving`.
 
         Args:
-            model: The model it was saved from; `None` for the one saved along.
+            model: What it was saved from; `None` for the one saved along.
             directory: Where `save_pretrained` has written.
 
         Returns:
@@ -332,15 +335,18 @@ class RecurrentMemory(nn.Module):
         # an unfinished segment of which nothing is wanted changes nothing
         wanted = [(step, request) for step, request in wanted if request or any(self._whole(step))]
         segments = [self._segment(step, text, request) for step, request in wanted]
-        outputs, memory, reader = self.memory.unroll(
+        read = self.memory.unroll(
             window_model(self.model, before.inner), segments, self.first_memory(before)
         )
         entries = new_memory(
-            text, before, memory, document_start, keep_unfinished=config.alignment == "left"
+            text, before, read.memory, document_start, keep_unfinished=config.alignment == "left"
         )
-        if isinstance(reader, DecoderReader):
-            entries = replace(entries, inner=reader.state, inner_entries=reader.entries)
-        return head.collect([step for step, _ in wanted], outputs, num_items), entries
+        if isinstance(read.reader, DecoderReader):
+            entries = replace(entries, inner=read.reader.state, inner_entries=read.reader.entries)
+        result = head.collect([step for step, _ in wanted], read.outputs, num_items)
+        if read.write_share is not None:
+            result["write_share"] = read.write_share
+        return result, entries
 
     def first_memory(self, state: RecurrentState) -> Float[Tensor, "batch memory embed_dim"]:
         """Return the memory that the next segment of each row reads.
@@ -363,13 +369,12 @@ class RecurrentMemory(nn.Module):
 
     def _segment(self, step: Step, text: RowText, request: Any) -> Segment:
         ids, num_tokens = step.take(text.input_ids)
-        batch = len(text.num_tokens)
         whole = self._whole(step)
         complete = None if all(whole) else torch.tensor(whole, device=ids.device)
         return Segment(
             input_ids=ids,
             num_tokens=num_tokens,
-            rows=None if len(step.rows) == batch else step.row_ids(ids),
+            rows=None if len(step.rows) == len(text.num_tokens) else step.row_ids(ids),
             writes_memory=complete,
             request=request.content if request is not None else None,
             has_loss=request is not None and request.has_loss,

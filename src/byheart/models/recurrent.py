@@ -87,6 +87,24 @@ class Stepped(NamedTuple):
     """What was requested."""
     reader: WindowModel
     """What reads the next segment."""
+    write_share: Float[Tensor, " rows"] | None
+    """How much of its memory each row has rewritten, from 0 to 1; 0 where the segment is not
+    complete. `None` without a gate."""
+
+
+class _Read(NamedTuple):
+    """What is kept of a segment that was read."""
+
+    output: Any
+    write_share: Tensor | None
+
+
+class _Run(NamedTuple):
+    """What segments one after the other leave."""
+
+    reads: list[_Read]
+    memory: Tensor
+    reader: WindowModel
 
 
 class Unrolled(NamedTuple):
@@ -98,6 +116,14 @@ class Unrolled(NamedTuple):
     """Memory after the last."""
     reader: WindowModel
     """What reads the segment behind the last."""
+    write_share: Float[Tensor, ""] | None
+    """How much of its memory a complete segment has rewritten, from 0 to 1: mean over segments and
+    rows, 0 without any. `None` without a gate."""
+
+
+# a sigmoid stretched by this much on both sides and cut to [0, 1] reaches both ends: Louizos et al.
+# 2018, "hard concrete" (arXiv:1712.01312)
+_STRETCH = 0.1
 
 
 class RecurrentCore(nn.Module):
@@ -130,7 +156,7 @@ class RecurrentCore(nn.Module):
                 self.norm.bias.copy_(mean)
         self.gate: nn.Linear | None = None
         if config.update == "gated":
-            self.gate = nn.Linear(2 * embed_dim, embed_dim)
+            self.gate = nn.Linear(2 * embed_dim, 1)
             nn.init.zeros_(self.gate.weight)
             nn.init.constant_(self.gate.bias, config.gate_bias_init)
 
@@ -170,26 +196,44 @@ class RecurrentCore(nn.Module):
                 "pools none."
             )
             raise ValueError(msg)
-        written = self._update(memory, _written(window, encoded.hidden, memory.shape[1]))
+        hidden = _written(window, encoded.hidden, memory.shape[1])
+        written, share = self._update(memory, hidden)
         if segment.writes_memory is not None:
             written = torch.where(segment.writes_memory[:, None, None], written, memory)
+            share = None if share is None else share * segment.writes_memory
         following = model if encoded.reader is None else encoded.reader
-        return Stepped(written, encoded.output, following)
+        return Stepped(written, encoded.output, following, share)
 
-    def _update(self, old: Tensor, written: Tensor) -> Tensor:
+    def _update(self, old: Tensor, written: Tensor) -> tuple[Tensor, Tensor | None]:
         if not old.shape[1]:
-            return old
+            return old, None
         # the memory travels through every segment: its own rounding would add up
         written = written.float()
         if self.norm is not None:
             written = self.norm(written.to(self.norm.weight.dtype)).float()
+        share = None
         if self.gate is not None:
-            both = torch.cat([old, written], dim=-1).to(self.gate.weight.dtype)
-            written = torch.lerp(old, written, torch.sigmoid(self.gate(both).float()))
+            opened = self._open(old, written)
+            written, share = torch.lerp(old, written, opened), opened.mean(dim=(1, 2))
         if self.training and self.config.noise > 0:
             spread = written.detach().std(dim=(1, 2), keepdim=True)
             written = written + self.config.noise * spread * torch.randn_like(written)
-        return written
+        return written, share
+
+    def _open(self, old: Tensor, written: Tensor) -> Float[Tensor, "rows memory 1"]:
+        """Say how much of each memory token is rewritten.
+
+        Returns:
+            0, which keeps it exactly as it was, to 1.
+        """
+        assert self.gate is not None
+        both = torch.cat([old, written], dim=-1).to(self.gate.weight.dtype)
+        logits = self.gate(both).float()
+        if self.training and self.config.gate_noise > 0:
+            # gates that must work in spite of it learn to be clearly open or closed
+            logits = logits + self.config.gate_noise * torch.randn_like(logits)
+        stretched = (1 + 2 * _STRETCH) * torch.sigmoid(logits) - _STRETCH
+        return stretched.clamp(0, 1)
 
     def unroll(
         self,
@@ -211,21 +255,26 @@ class RecurrentCore(nn.Module):
         Returns:
             The requested output of each segment, and memory and reader after the last.
         """
+        reads, memory, model = self._unroll(model, segments, memory)
+        share = _mean_share(reads, segments)
+        return Unrolled([read.output for read in reads], memory, model, share)
+
+    def _unroll(self, model: WindowModel, segments: Sequence[Segment], memory: Tensor) -> _Run:
         depth = self.config.bptt_depth
         losses = [index for index, segment in enumerate(segments) if segment.has_loss]
         if depth is None or depth >= len(segments) or not torch.is_grad_enabled() or not losses:
             return self._run(model, segments, memory)
-        outputs: list[Any] = [None] * len(segments)
+        reads: list[_Read | None] = [None] * len(segments)
         position = 0  # `memory` and `model` are those before this segment, `ahead` those after it
-        ahead: Unrolled | None = None
+        ahead: _Run | None = None
         for index in losses:
             start = max(0, index + 1 - depth)
             if start > position and ahead is not None:
                 position, memory, model = position + 1, ahead.memory.detach(), ahead.reader
             with torch.no_grad():
-                skipped = _without_requests(segments[position:start], outputs[position:start])
+                skipped = _without_requests(segments[position:start], reads[position:start])
                 before, memory, model = self._run(model, skipped, memory)
-            _fill(outputs, before, position)
+            _fill(reads, before, position)
             position = start
             window = [
                 replace(segment, request=None) if segment.has_loss and place != index else segment
@@ -233,61 +282,85 @@ class RecurrentCore(nn.Module):
             ]
             ahead = self._run(model, window[:1], memory)
             after = self._run(ahead.reader, window[1:], ahead.memory)
-            _fill(outputs, ahead.outputs + after.outputs, start)
+            _fill(reads, ahead.reads + after.reads, start)
         rest = losses[-1] + 1
         with torch.no_grad():
             last = self._run(after.reader, segments[rest:], after.memory.detach())
-        outputs[rest:] = last.outputs
-        return last._replace(outputs=outputs)
+        _fill(reads, last.reads, rest)
+        return last._replace(reads=[read for read in reads if read is not None])
 
-    def _run(self, model: WindowModel, segments: Sequence[Segment], memory: Tensor) -> Unrolled:
+    def _run(self, model: WindowModel, segments: Sequence[Segment], memory: Tensor) -> _Run:
         if self.config.replay and segments and torch.is_grad_enabled():
             return self._replay(model, segments, memory)
-        outputs = []
+        reads = []
         for segment in segments:
-            memory, output, model = self._read(model, segment, memory)
-            outputs.append(output)
-        return Unrolled(outputs, memory, model)
+            memory, read, model = self._read(model, segment, memory)
+            reads.append(read)
+        return _Run(reads, memory, model)
 
-    def _replay(self, model: WindowModel, segments: Sequence[Segment], memory: Tensor) -> Unrolled:
+    def _replay(self, model: WindowModel, segments: Sequence[Segment], memory: Tensor) -> _Run:
         readers = [model]
 
-        def read(index: int, before: Tensor) -> tuple[Tensor, Any]:
-            after, output, following = self._read(readers[index], segments[index], before)
+        def read(index: int, before: Tensor) -> tuple[Tensor, _Read]:
+            after, kept, following = self._read(readers[index], segments[index], before)
             if len(readers) == index + 1:  # forward: backward reads with what forward read with
                 readers.append(following)
-            return after, output
+            return after, kept
 
         weights = [
             weight for weight in (*self.parameters(), *model.parameters()) if weight.requires_grad
         ]
-        outputs, memory = replayed(read, len(segments), memory, weights)
-        return Unrolled(outputs, memory, readers[-1])
+        reads, memory = replayed(read, len(segments), memory, weights)
+        return _Run(reads, memory, readers[-1])
 
-    def _read(self, model: WindowModel, segment: Segment, memory: Tensor) -> Stepped:
-        if segment.rows is None:
-            return self.step(model, segment, memory)
-        stepped = self.step(model, segment, memory[segment.rows])
-        return stepped._replace(memory=memory.index_copy(0, segment.rows, stepped.memory))
+    def _read(
+        self, model: WindowModel, segment: Segment, memory: Tensor
+    ) -> tuple[Tensor, _Read, WindowModel]:
+        before = memory if segment.rows is None else memory[segment.rows]
+        stepped = self.step(model, segment, before)
+        after = stepped.memory
+        if segment.rows is not None:
+            after = memory.index_copy(0, segment.rows, after)
+        return after, _Read(stepped.output, stepped.write_share), stepped.reader
 
 
-def _without_requests(segments: Sequence[Segment], known: Sequence[Any]) -> list[Segment]:
+def _without_requests(segments: Sequence[Segment], known: Sequence[_Read | None]) -> list[Segment]:
     """Ask nothing of segments whose output is known.
 
     Returns:
         The segments.
     """
     return [
-        segment if output is None else replace(segment, request=None)
-        for segment, output in zip(segments, known, strict=True)
+        segment if read is None or read.output is None else replace(segment, request=None)
+        for segment, read in zip(segments, known, strict=True)
     ]
 
 
-def _fill(outputs: list[Any], new: list[Any], start: int) -> None:
-    """Keep the first output of each segment: windows that follow read it again."""
-    for place, output in enumerate(new, start):
-        if outputs[place] is None:
-            outputs[place] = output
+def _fill(reads: list[_Read | None], new: Sequence[_Read], start: int) -> None:
+    """Keep the first output of each segment, and its last share, which has a gradient."""
+    for place, read in enumerate(new, start):
+        known = reads[place]
+        if known is not None and known.output is not None:
+            read = read._replace(output=known.output)
+        reads[place] = read
+
+
+def _mean_share(reads: Sequence[_Read], segments: Sequence[Segment]) -> Tensor | None:
+    """Average what was rewritten over the rows and segments that are complete.
+
+    Returns:
+        The mean; `None` without a gate.
+    """
+    shares = [read.write_share for read in reads if read.write_share is not None]
+    if not shares:
+        return None
+    counts = [
+        torch.tensor(len(share), device=share.device)
+        if segment.writes_memory is None
+        else segment.writes_memory.sum()
+        for share, segment in zip(shares, segments, strict=True)
+    ]
+    return torch.cat(shares).sum() / torch.stack(counts).sum().clamp(min=1)
 
 
 def _written(window: Window, hidden: Tensor, num_memory: int) -> Tensor:

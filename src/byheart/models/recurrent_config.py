@@ -36,9 +36,13 @@ class RecurrentMemoryConfig:
     """Special tokens after the text, for encoders; BERT's `[SEP]`, T5's end of sequence."""
     update: Literal["replace", "gated"] = "replace"
     """How the new memory follows from the old one and what the model wrote: `replace` takes what
-    was written (the report); `gated` mixes both with a learned gate per number."""
+    was written (the report); `gated` mixes both with a learned gate per memory token, which can be
+    exactly closed: then the memory stays as it was, over any number of segments."""
     gate_bias_init: float = -2.0
     """First value of the bias of the `gated` update; below 0 it starts by keeping."""
+    gate_noise: float = 1.0
+    """Standard deviation of the normal noise on the logits of the gates in training: with it they
+    learn to be clearly open or closed."""
     normalize_memory: bool = False
     """Layer-normalise what was written, with learned scale and shift that start at the statistics
     of the token embeddings. For models whose last hidden states are much larger than their
@@ -59,15 +63,17 @@ class RecurrentMemoryConfig:
                 f"{self.bptt_depth}. Use None for all segments."
             )
             raise ValueError(msg)
-        if self.noise < 0:
-            msg = f"noise must be at least 0, got {self.noise}."
-            raise ValueError(msg)
-        if self.gate_bias_init != -2.0 and self.update != "gated":
-            msg = (
-                "gate_bias_init has no effect with update='replace', got "
-                f"{self.gate_bias_init}. Leave it out, or use update='gated'."
-            )
-            raise ValueError(msg)
+        for name in ("noise", "gate_noise"):
+            if getattr(self, name) < 0:
+                msg = f"{name} must be at least 0, got {getattr(self, name)}."
+                raise ValueError(msg)
+        for name, default in (("gate_bias_init", -2.0), ("gate_noise", 1.0)):
+            if getattr(self, name) != default and self.update != "gated":
+                msg = (
+                    f"{name} has no effect with update='replace', got {getattr(self, name)}. "
+                    "Leave it out, or use update='gated'."
+                )
+                raise ValueError(msg)
 
     @property
     def num_special_tokens(self) -> int:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ReadSegment = Callable[[int, Tensor], tuple[Tensor, Any]]
-"""Reads the segment of an index with the memory before it: the memory after it, and its output (a
-tensor, a named tuple of tensors and `None`, or `None`)."""
+"""Reads the segment of an index with the memory before it: the memory after it, and its output: a
+tensor, `None`, or a named tuple of outputs."""
 
 
 def replayed(
@@ -152,7 +152,7 @@ def _tensors(output: Any) -> list[Tensor]:
         return []
     if isinstance(output, Tensor):
         return [output]
-    return [part for part in output if part is not None]
+    return [tensor for part in output for tensor in _tensors(part)]
 
 
 def _filled(output: Any, tensors: Any) -> Any:
@@ -165,5 +165,5 @@ def _filled(output: Any, tensors: Any) -> Any:
         return None
     if isinstance(output, Tensor):
         return next(tensors)
-    parts = [None if part is None else next(tensors) for part in output]
+    parts = [_filled(part, tensors) for part in output]
     return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)

@@ -41,6 +41,9 @@ class CurriculumConfig:
     """Steps that a stage may take; then the run ends, and says which stage was not reached."""
     continue_steps: int = 800
     """Steps after the last stage has been reached: accuracy on longer documents still rises."""
+    continue_segments: int | None = None
+    """Segments of the longest documents in those steps; `None` for `max_segments`. What is kept
+    over many more segments than were ever read in training wears away."""
     keep_stages: bool = False
     """Whether the model is kept as it was when each stage was reached. That is a whole model per
     stage: 3 GB for a BERT and 7 stages, and only their comparison needs it."""
@@ -55,6 +58,8 @@ class CurriculumConfig:
             ("continue_steps", 0),
         ):
             require_at_least(name, getattr(self, name), least)
+        if self.continue_segments is not None:
+            require_at_least("continue_segments", self.continue_segments, self.max_segments)
         for name in ("stage_share", "advance_accuracy"):
             if not 0 <= getattr(self, name) <= 1:
                 msg = f"{name} must be between 0 and 1, got {getattr(self, name)}."
@@ -120,11 +125,18 @@ class Curriculum:
 
     @property
     def stage(self) -> int:
-        """Segments of the longest documents that are trained on."""
+        """Segments of the documents that are evaluated on."""
         config, passed = self.config, len(self.reached)
         if passed == config.num_stages:
             return config.max_segments
         return config.min_segments + passed % config.num_lengths
+
+    @property
+    def longest(self) -> int:
+        """Segments of the longest documents that are trained on."""
+        if self.saturated_at is not None and self.config.continue_segments is not None:
+            return self.config.continue_segments
+        return self.stage
 
     @property
     def stage_start(self) -> int:
@@ -187,12 +199,13 @@ class Curriculum:
         Returns:
             Segments, the same for all documents of the step.
         """
+        longest = self.longest
         if self.config.lengths == "stage":
-            return self.stage
+            return longest
         generator = np.random.default_rng((seed, step))
         if generator.random() < self.config.stage_share:
-            return self.stage
-        return int(generator.integers(self.config.min_segments, self.stage + 1))
+            return longest
+        return int(generator.integers(self.config.min_segments, longest + 1))
 
     def rate_share(
         self,
@@ -207,12 +220,12 @@ class Curriculum:
             step: Optimizer steps done before.
             schedule: How it falls after the last stage was reached.
             warmup_steps: Steps in which it rises.
-            length_decay: Power of the stage's segments that it is divided by.
+            length_decay: Power of the segments of the longest documents that it is divided by.
 
         Returns:
             Share of the highest rate.
         """
-        share = math.pow(self.stage, -length_decay)
+        share = math.pow(self.longest, -length_decay)
         share *= min(1.0, step / warmup_steps) if warmup_steps else 1.0
         if schedule == "constant" or self.saturated_at is None or not self.config.continue_steps:
             return share

@@ -176,6 +176,8 @@ class MemoryPart:
     """Whether what was written replaces the memory (the report) or is mixed into it."""
     gate_bias_init: float = -2.0
     """First value of the gate's bias; `gated` only."""
+    gate_noise: float = 1.0
+    """Noise on the gate's logits in training; `gated` only."""
     normalize_memory: bool = False
     """Whether what was written is layer-normalised."""
     noise: float = 0.0
@@ -219,6 +221,7 @@ class MemoryPart:
             end_ids=separator_ids,
             update=self.update,
             gate_bias_init=self.gate_bias_init,
+            gate_noise=self.gate_noise,
             normalize_memory=self.normalize_memory,
             noise=self.noise,
         )
@@ -235,8 +238,8 @@ class TaskTrainingConfig:
     learning_rate: float = 1e-3
     """Highest rate, of documents of one segment."""
     length_decay: float = 0.5
-    """Power of the length of the stage that the rate is divided by: the more segments a gradient
-    goes back through, the more a step changes."""
+    """Power of the length of the longest documents that the rate is divided by: the more segments a
+    gradient goes back through, the more a step changes."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the rate falls, from its highest value when the last stage is reached to 0 at the end of
     `curriculum.continue_steps`: how long the stages take is not known before."""
@@ -248,6 +251,10 @@ class TaskTrainingConfig:
     """Decay of AdamW's averages of gradients and of their squares."""
     max_gradient_norm: float = 1.0
     """Longer gradients, over all parameters, are scaled down to this length."""
+    write_cost: float = 0.0
+    """What it costs to rewrite the whole memory in every segment, in nats, once the last stage has
+    been reached: added to the loss, times the share that is rewritten. With `memory.update=gated`
+    only; it closes the gates where nothing is worth it."""
     average_decay: float = 0.98
     """Decay per step of a running average of the weights. It is the average that is evaluated,
     decides on stages and is kept; 0 for the weights themselves."""
@@ -267,6 +274,7 @@ class TaskTrainingConfig:
     def __post_init__(self) -> None:
         require_at_least("seed", self.seed, 0)
         require_at_least("length_decay", self.length_decay, 0)
+        require_at_least("write_cost", self.write_cost, 0)
         if not 0 <= self.average_decay < 1:
             msg = f"average_decay must be at least 0 and below 1, got {self.average_decay}."
             raise ValueError(msg)
@@ -354,6 +362,12 @@ class TaskRunConfig:
             raise ValueError(msg)
         if self.curriculum.lessons and self.task.name != "reason":
             msg = f"curriculum.lessons must be false for the task {self.task.name!r}, got true."
+            raise ValueError(msg)
+        if self.training.write_cost and self.memory.update != "gated":
+            msg = (
+                f"training.write_cost must be 0 for memory.update={self.memory.update!r}, got "
+                f"{self.training.write_cost}. Use memory.update=gated."
+            )
             raise ValueError(msg)
         if self.segment_length < 1:
             msg = (

@@ -135,10 +135,12 @@ class TaskTrainer(ResumableTrainer):
         task = self._documents[0]
         samples = [task.sample(index, num_segments) for index in inputs["index"].tolist()]
         batch = {name: part.to(self.args.device) for name, part in collate(samples).items()}
-        loss: Tensor = model(**batch).loss
+        out = model(**batch)
+        loss: Tensor = out.loss
         count = torch.tensor(len(samples), device=self.args.device)
         self._meter.add(loss * count, count, batch["attention_mask"].sum())
-        return loss
+        cost = self.run.training.write_cost
+        return loss + cost * out.write_share if cost and self.curriculum.saturated_at else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build AdamW; biases, norms, embeddings and memory tokens do not decay.
