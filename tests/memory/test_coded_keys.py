@@ -8,7 +8,7 @@ import torch
 
 from byheart.memory import coded_keys
 from byheart.memory.age import AgeBias
-from byheart.memory.dense import DenseStore
+from byheart.memory.dense import DenseStore, Lease
 from byheart.memory.ring import RingCursor
 from byheart.ops.key_codes import encode_blocks, multiplies_codes, new_codes
 from byheart.testing.store_contract import store_contract
@@ -176,7 +176,7 @@ def test_keys_that_others_have_written_to_are_encoded_anew(monkeypatch):
     assert_same_answers(store, monkeypatch)
     store.keys.copy_(torch.randn(store.keys.shape))
     assert_same_answers(store.append(*entries(5)), monkeypatch)
-    other = replace(store, keys=torch.randn(store.keys.shape), _turn=store._turn + 1)
+    other = replace(store, keys=torch.randn(store.keys.shape), _lease=Lease())
     assert_same_answers(other, monkeypatch)
 
 

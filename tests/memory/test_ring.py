@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from byheart.memory.ring import RingCursor, known_none
+from byheart.memory.ring import RingCursor
 
 
 def empty_ring(memory_size, num_rows):
@@ -53,10 +53,3 @@ def test_a_write_longer_than_the_ring_is_refused():
 def test_a_ring_has_at_least_one_slot():
     with pytest.raises(ValueError, match="memory_size must be at least 1 entry per row, got 0"):
         empty_ring(0, 2)
-
-
-def test_a_mask_is_asked_on_a_cpu_alone():
-    assert known_none(torch.zeros(3, dtype=torch.bool))
-    assert not known_none(torch.tensor([False, True]))
-    # a value that is not there cannot be asked for: to try raises
-    assert not known_none(torch.zeros(3, dtype=torch.bool, device="meta"))

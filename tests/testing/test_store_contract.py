@@ -111,7 +111,7 @@ class ForkShares(DenseStore):
 
     def fork(self):
         self.require_current()
-        return replace(self, _lease=Lease(), _turn=0)
+        return replace(self, _lease=Lease())
 
 
 class SavesAView(DenseStore):
@@ -136,8 +136,8 @@ class NeverUsedUp(DenseStore):
 
     def append(self, keys, values, keep):
         after = super().append(keys, values, keep)
-        self._lease.turn = self._turn
-        return replace(after, _turn=self._turn)
+        self._lease.has_ended = False
+        return replace(after, _lease=self._lease)
 
 
 class KeepsTheGradient(DenseStore):

@@ -13,6 +13,7 @@ from byheart.adapters.attention_hook import PLAIN, hook_of
 from byheart.adapters.attention_layers import AttentionLayers, find_attentions
 from byheart.adapters.families import max_positions
 from byheart.models.eval_mode import eval_mode
+from byheart.ops import known
 
 # tokens of the trial of the law of pieces, and what rounding may do to it, in bfloat16, too
 _TRIAL_TOKENS = 5
@@ -179,20 +180,23 @@ def require_positions(
 ) -> None:
     """Refuse tokens behind the last position of a model that adds positions to its embeddings.
 
+    Where values are not known, the device checks them.
+
     Args:
         model: The model.
         position_ids: Positions of the tokens.
         num_tokens: Tokens of each row.
-
-    Raises:
-        ValueError: If there are not enough positions.
     """
     limit = max_positions(model)
+    if limit is None:
+        return
     ends = torch.where(num_tokens > 0, position_ids[:, 0] + num_tokens, 0)
-    if limit is not None and bool((ends > limit).any()):
-        msg = (
+
+    def error() -> ValueError:
+        return ValueError(
             f"With an XL cache a document must fit into the {limit} positions of "
             f"{model.config.model_type}, because its keys hold where they stood, got "
             f"{int(ends.max())} tokens. Use xl_cache_length=0 or a model with rotary positions."
         )
-        raise ValueError(msg)
+
+    known.require(ends <= limit, error, "a document must fit into the positions of the model")

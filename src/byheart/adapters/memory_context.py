@@ -43,6 +43,8 @@ class MemoryContext:
         config: AttachConfig,
         dtype: torch.dtype,
         copies: int = 1,
+        *,
+        asks: bool = False,
     ) -> "MemoryContext":
         """Prepare a state.
 
@@ -52,12 +54,13 @@ class MemoryContext:
             config: The memory.
             dtype: Precision of the model's hidden states.
             copies: Rows of a pass for each row of the state, side by side (beams).
+            asks: Whether to wait for a device to say what rows use of it, see `Past.of`.
 
         Returns:
             The context.
         """
         sources = layers.sources
-        past = Past.of(state, sources, dtype, copies)
+        past = Past.of(state, sources, dtype, copies, asks=asks)
         search_angles = None
         if config.memory_position == "window":
             place = torch.full((1, 1), config.segment_length, device=state.position.device)

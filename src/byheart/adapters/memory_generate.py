@@ -186,7 +186,7 @@ def _with_memory(memory_model: MemoryModel, state: MemoryState) -> Callable[...,
     def context(copies: int) -> MemoryContext:
         return MemoryContext.of(
             state, memory_model.layers, memory_model.memory_config, memory_model.hidden_dtype,
-            copies,
+            copies, asks=True,
         )  # fmt: skip
 
     def see_memory(

@@ -342,10 +342,8 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
                 logits.float().flatten(0, 1), targets.flatten(),
                 reduction="none", ignore_index=IGNORED,
             ).view_as(targets)  # fmt: skip
-            count = num_items_in_batch
-            if count is None:
-                count = (targets != IGNORED).sum().clamp(min=1)
-            loss = losses.sum() / count
+            predicted = (targets != IGNORED).sum().clamp(min=1)
+            loss = losses.sum() / (predicted if num_items_in_batch is None else num_items_in_batch)
         return MemoryOutput(
             loss=loss,
             logits=logits,
@@ -355,6 +353,8 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
                 num_tokens=rows.num_tokens,
                 document_start=document_start,
                 position=before.position,
+                starts_segment=before.pending is None,
+                is_full=rows.is_full,
             ),
         )
 

@@ -17,6 +17,7 @@ from byheart.adapters.attention_hook import (
 from byheart.adapters.rotation import Angles, RotarySource
 from byheart.memory.state import MemoryState
 from byheart.memory.store import KeyValues
+from byheart.ops import known
 from byheart.ops.attention import Attended, masked_attention
 
 MEMORY = "byheart_memory"
@@ -43,25 +44,29 @@ class Past:
         sources: list[RotarySource],
         dtype: torch.dtype,
         copies: int = 1,
+        *,
+        asks: bool = False,
     ) -> "Past | None":
         """Collect the past of the next tokens.
+
+        Where values are not known, columns that no row uses are there, too, and masked.
 
         Args:
             state: What the rows have read.
             sources: Where the angles of the model's layers come from.
             dtype: Precision of the model's hidden states.
             copies: Rows of the batch for each row of the state (beams).
+            asks: Whether to wait for a device to say which columns are used, which pays where a
+                past is read many times.
 
         Returns:
-            The past; `None` where no row has one.
+            The past; `None` where it is known that no row has one.
         """
-        layout, device = state.layout, state.position.device
-        pending = state.pending if bool(state.num_pending.any()) else None
-        has_cache = bool(state.num_cached.any())
-        if pending is None and not has_cache:
+        device = state.position.device
+        length, width = _past_columns(state, asks=asks)
+        if length + width == 0:
             return None
-        length = layout.xl_cache_length if has_cache else 0
-        width = int(state.num_pending.max()) if pending is not None else 0
+        pending = state.pending if width else None
         cached = torch.arange(-length, 0, device=device)
         behind = torch.arange(width, device=device)
         places = torch.cat([cached, behind]).expand(state.batch_size, -1)
@@ -69,7 +74,7 @@ class Past:
             [cached >= -state.num_cached[:, None], behind < state.num_pending[:, None]], dim=1
         )
         sides = []
-        for layer in range(layout.num_layers):
+        for layer in range(state.layout.num_layers):
             parts = [KeyValues(*(side[:, :, -length:] for side in state.xl_cache[layer]))]
             parts = parts if length else []
             if pending is not None:
@@ -167,6 +172,19 @@ class MemoryView:
         columns = torch.arange(width, device=side.device) + self.first_column[:, None]
         columns = columns.clamp(max=width - 1)[:, None, :, None]
         return side.gather(2, columns.expand(-1, side.shape[1], -1, side.shape[3]))
+
+
+def _past_columns(state: MemoryState, *, asks: bool) -> tuple[int, int]:
+    """Count the columns of the XL cache, and of the unfinished segment, that rows may use.
+
+    Returns:
+        Both numbers.
+    """
+    layout = state.layout
+    if not asks and not known.values_are_known(state.position):
+        return layout.xl_cache_length, 0 if state.pending is None else layout.segment_length
+    length = layout.xl_cache_length if bool(state.num_cached.any()) else 0
+    return length, 0 if state.pending is None else int(state.num_pending.max())
 
 
 def _without_position(call: AttentionCall, x: Tensor) -> Tensor:

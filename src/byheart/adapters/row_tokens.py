@@ -7,6 +7,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from byheart.models.decoder import require_columns
+from byheart.ops import known
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -16,11 +17,13 @@ class RowTokens:
     num_tokens: Int[Tensor, " batch"]
     """Tokens of each row."""
     first_column: Int[Tensor, " batch"] | None
-    """Column of each row's first token; `None` if it is 0 everywhere."""
+    """Column of each row's first token; `None` if it is known to be 0 everywhere."""
     columns: Int[Tensor, "batch tokens"]
     """Number of the token in each column, counted from the row's first; 0 before it."""
     mask: Int[Tensor, "batch tokens"] | None
-    """What the model is given; `None` if all columns are real."""
+    """What the model is given; `None` if all columns are known to be real."""
+    is_full: bool = False
+    """Whether all columns are real, because nothing says otherwise."""
 
     @property
     def batch(self) -> int:
@@ -45,18 +48,22 @@ class RowTokens:
             The tokens.
 
         Raises:
-            ValueError: If mask and numbers are both given, or do not fit.
+            ValueError: If mask and numbers are both given, or do not fit. Where values are not
+                known, the device checks them.
         """
         batch, width = input_ids.shape
         columns = torch.arange(width, device=input_ids.device).expand(batch, -1)
         if attention_mask is None:
             if num_tokens is None:
                 num_tokens = torch.full((batch,), width, device=input_ids.device)
-                return cls(num_tokens=num_tokens, first_column=None, columns=columns, mask=None)
+                return cls(
+                    num_tokens=num_tokens, first_column=None, columns=columns, mask=None,
+                    is_full=True,
+                )  # fmt: skip
             require_columns(num_tokens, width)
             # a row without tokens would attend to nothing
             real = columns < num_tokens.clamp(min=1)[:, None]
-            mask = None if bool(real.all()) else real.long()
+            mask = None if known.known_none(~real) else real.long()
             return cls(num_tokens=num_tokens, first_column=None, columns=columns, mask=mask)
         if num_tokens is not None:
             msg = "attention_mask and num_tokens must not both be given. Leave one out."
@@ -74,17 +81,19 @@ class RowTokens:
         real = attention_mask.bool()
         num_tokens, first = real.sum(1), real.long().argmax(1)
         is_run = (columns >= first[:, None]) & (columns < (first + num_tokens)[:, None])
-        if not torch.equal(real, is_run):
+
+        def error() -> ValueError:
             row = int((real != is_run).any(1).long().argmax())
-            msg = (
+            return ValueError(
                 "The real tokens of a row must be one run of columns, but attention_mask has a gap "
                 f"in row {row}. Move its tokens together."
             )
-            raise ValueError(msg)
+
+        known.require(real == is_run, error, "the real tokens of a row must be one run of columns")
         mask = attention_mask.long()
-        if bool((num_tokens == 0).any()):
+        if not known.known_none(num_tokens == 0):
             mask = torch.where((num_tokens == 0)[:, None] & (columns == 0), 1, mask)
-        is_left = bool((first > 0).any())
+        is_left = not known.known_none(first > 0)
         return cls(
             num_tokens=num_tokens,
             first_column=first if is_left else None,

@@ -80,10 +80,14 @@ class CodedKeys:
     def check(self, keys: Tensor) -> None:
         """Drop the codes if anything but `mark` has followed the keys. Call it before a write.
 
+        A compiled write drops them, too: which blocks it changes would be asked of the tensors.
+
         Args:
             keys: All slots of the ring.
         """
-        if self._made is not None and not self._made.are_of(keys):
+        if self._made is None:
+            return
+        if torch.compiler.is_compiling() or not self._made.are_of(keys):
             self._made = None
 
     def mark(

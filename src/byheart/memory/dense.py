@@ -27,37 +27,39 @@ from byheart.ops.whole import attend_to_all
 
 
 class Lease:
-    """Lets exactly one value write to shared storage: the newest one.
+    """The right to write to shared storage: the newest value has it, and it ends with a write.
 
-    Values that share storage share a lease and remember the turn they were made in. `append` takes
-    the next turn, so a value from an earlier turn notices that the storage has moved on.
+    Values that share storage, and were made since the same write, share a lease. A write ends it
+    and gives the value after it one of its own, so an older value notices that the storage has
+    moved on. A compiled step asks for nothing but whether the lease has ended, which is the same
+    in every step: a number that counts writes would have it compiled again.
     """
 
     def __init__(self) -> None:
-        self.turn = 0
+        self.has_ended = False
 
-    def require(self, turn: int) -> None:
-        """Refuse values of an earlier turn.
+    def require(self) -> None:
+        """Refuse values from before the last write.
 
         Raises:
             MemoryStateError: If the storage was written since.
         """
-        if turn != self.turn:
+        if self.has_ended:
             msg = (
                 "A memory must not be used after it was committed into a newer one: its entries "
                 "are overwritten. Use the state that commit returned, or fork() before commit."
             )
             raise MemoryStateError(msg)
 
-    def take_turn(self, turn: int) -> int:
+    def pass_on(self) -> "Lease":
         """Let the current value write, once.
 
         Returns:
-            The turn of the value after the write.
+            The lease of the value after the write.
         """
-        self.require(turn)
-        self.turn += 1
-        return self.turn
+        self.require()
+        self.has_ended = True
+        return Lease()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,7 +79,6 @@ class DenseStore:
     """Let empty slots take part in the softmax as zeros, as the authors' code does."""
     _coded: CodedKeys = field(default_factory=CodedKeys, repr=False)
     _lease: Lease = field(default_factory=Lease)
-    _turn: int = 0
 
     @classmethod
     def empty(
@@ -132,9 +133,8 @@ class DenseStore:
         Raises:
             MemoryStateError: If this store is used up.
         """
-        self._lease.require(self._turn)
+        self._lease.require()
 
-    @torch.no_grad()
     def append(
         self,
         keys: Float[Tensor, "batch kv_heads entry head_dim"],
@@ -146,18 +146,19 @@ class DenseStore:
         Returns:
             The store after the write; this one is used up.
         """
-        turn = self._lease.take_turn(self._turn)
-        cursor = self.cursor
-        self._coded.check(self.keys)
-        # entries of one write must not share a slot, so longer writes go round the ring in laps
-        for start in range(0, keys.shape[2], self.memory_size):
-            lap = slice(start, start + self.memory_size)
-            slots_BN = cursor.claim(keep[:, lap])
-            for storage, entries in ((self.keys, keys), (self.values, values)):
-                overwrite(storage, entries[:, :, lap], slots_BN, keep[:, lap])
-            self._coded.mark(self.keys, slots_BN, keep[:, lap])
-            cursor = cursor.advance(keep[:, lap].sum(1))
-        return replace(self, cursor=cursor, _turn=turn)
+        lease, cursor = self._lease.pass_on(), self.cursor
+        # no decorator: Dynamo cannot call decorated methods of stores that a step has made
+        with torch.no_grad():
+            self._coded.check(self.keys)
+            # entries of one write must not share a slot, so longer writes go round the ring in laps
+            for start in range(0, keys.shape[2], self.memory_size):
+                lap = slice(start, start + self.memory_size)
+                slots_BN = cursor.claim(keep[:, lap])
+                for storage, entries in ((self.keys, keys), (self.values, values)):
+                    overwrite(storage, entries[:, :, lap], slots_BN, keep[:, lap])
+                self._coded.mark(self.keys, slots_BN, keep[:, lap])
+                cursor = cursor.advance(keep[:, lap].sum(1))
+        return replace(self, cursor=cursor, _lease=lease)
 
     def reset(self, row_mask: Bool[Tensor, " batch"]) -> "DenseStore":
         """Forget all entries of the rows where `row_mask` is `True`.
@@ -255,7 +256,6 @@ class DenseStore:
             cursor=replace(self.cursor, num_written=self.num_written[row_ids]),
             _coded=self._coded.select_rows(row_ids, self.keys, keys),
             _lease=Lease(),
-            _turn=0,
         )
 
     def fork(self) -> "DenseStore":
@@ -284,7 +284,6 @@ class DenseStore:
             cursor=replace(self.cursor, num_written=self.num_written.to(device)),
             _coded=CodedKeys(),
             _lease=Lease(),
-            _turn=0,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -326,11 +325,11 @@ class DenseStore:
                 "store of the shape it was saved from."
             )
             raise MemoryStateError(msg)
-        turn = self._lease.take_turn(self._turn)
+        lease = self._lease.pass_on()
         self.keys[:, :, :num_used].copy_(state["keys"])
         self.values[:, :, :num_used].copy_(state["values"])
         cursor = replace(self.cursor, num_written=num_written)
-        return replace(self, cursor=cursor, _coded=CodedKeys(), _turn=turn)
+        return replace(self, cursor=cursor, _coded=CodedKeys(), _lease=lease)
 
     def _attend_to_all(
         self,
@@ -345,7 +344,7 @@ class DenseStore:
         bias = AgeBias(self.cursor, age_slope).dense() if age_slope else None
         return attend_to_all(queries, scale, self.keys, self.values, valid, bias=bias)
 
-    @torch.no_grad()
+    # without a gradient already: `search` and `find_by_weight` see to it
     def _search(self, queries: Tensor, top_k: int, bias: AgeBias | None) -> Neighbours:
         self.require_current()
         num_used = self.cursor.num_used()

@@ -148,18 +148,3 @@ class RingCursor:
         newest = self.num_written[:, None] - 1
         numbers = newest - (newest - slots) % self.memory_size
         return torch.where(self.valid(), numbers, -1)
-
-
-def known_none(mask: Bool[Tensor, "*shape"]) -> bool:
-    """Say whether a mask is known to be nowhere `True`.
-
-    Asked on a CPU alone: elsewhere the answer would wait for the device, and it would break a
-    compiled step.
-
-    Args:
-        mask: Any mask.
-
-    Returns:
-        `False` also where it is not known.
-    """
-    return mask.is_cpu and not torch.compiler.is_compiling() and not bool(mask.any())

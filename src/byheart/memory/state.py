@@ -1,18 +1,24 @@
 """All memory of a model as one value: XL caches, unfinished segments, kNN rings, positions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from byheart.errors import MemoryStateError
-from byheart.memory.dense import Lease, overwrite
+from byheart.memory.dense import Lease
 from byheart.memory.layout import MemoryLayout
-from byheart.memory.ring import RingCursor, known_none
 from byheart.memory.store import KeyValues, MemoryStore
 from byheart.memory.stores import MakeStore, empty_stores
+from byheart.memory.unfinished import (
+    add_tokens,
+    each,
+    move_into_cache,
+    require_continues,
+    require_shapes,
+)
+from byheart.ops import known
 from byheart.ops.norms import unit_length
 
 
@@ -28,6 +34,10 @@ class NewEntries:
     """Rows that began a document with this pass."""
     position: Int[Tensor, " batch"]
     """Tokens of its document that each row had read before the pass."""
+    starts_segment: bool = False
+    """Whether every row is known to have begun a segment with the pass."""
+    is_full: bool = False
+    """Whether every column is known to be a real token of every row."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,7 +59,8 @@ class MemoryState:
     num_cached: Int[Tensor, " batch"]
     """Tokens in the XL cache; they are its last columns."""
     pending: tuple[KeyValues, ...] | None
-    """Per layer, the tokens of the unfinished segment, oldest first; `None` if there are none."""
+    """Per layer, the tokens of the unfinished segment, oldest first; `None` if it is known that
+    there are none."""
     num_pending: Int[Tensor, " batch"]
     """Tokens of the unfinished segment."""
     stores: Mapping[int, MemoryStore]
@@ -57,7 +68,6 @@ class MemoryState:
     position: Int[Tensor, " batch"]
     """Tokens of its document that each row has read."""
     _lease: Lease = field(default_factory=Lease)
-    _turn: int = 0
 
     @classmethod
     def empty(
@@ -91,7 +101,10 @@ class MemoryState:
         if batch_size < 1:
             msg = f"batch_size must be at least 1, got {batch_size}."
             raise ValueError(msg)
-        zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
+        # a tensor each, as later: a compiled step would be made anew for those that are one
+        num_cached, num_pending, position = (
+            torch.zeros(batch_size, dtype=torch.long, device=device) for _ in range(3)
+        )
         shape = (batch_size, layout.num_kv_heads, layout.xl_cache_length, layout.head_dim)
         return cls(
             layout=layout,
@@ -99,11 +112,11 @@ class MemoryState:
                 KeyValues(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
                 for _ in range(layout.num_layers)
             ),
-            num_cached=zeros,
+            num_cached=num_cached,
             pending=None,
-            num_pending=zeros,
+            num_pending=num_pending,
+            position=position,
             stores=empty_stores(layout, batch_size, memory_size, device, make_store),
-            position=zeros,
         )
 
     @property
@@ -122,7 +135,7 @@ class MemoryState:
         Raises:
             MemoryStateError: If this state was used up by `commit`.
         """
-        self._lease.require(self._turn)
+        self._lease.require()
 
     def start_documents(self, row_mask: Bool[Tensor, " batch"]) -> "MemoryState":
         """Forget everything about the rows that start a document.
@@ -139,6 +152,38 @@ class MemoryState:
             position=self.position.masked_fill(row_mask, 0),
             stores={layer: store.reset(row_mask) for layer, store in self.stores.items()},
         )
+
+    def at_segment_start(
+        self, document_start: Bool[Tensor, " batch"] | None = None
+    ) -> "MemoryState":
+        """Take all rows to begin a segment, as those do that always read a whole one.
+
+        The rest of a document is one, too, for a row that then begins another document. A pass
+        need not find out then: attention runs in blocks also where values are not known, and shapes
+        are the same in every step. Give the result to the pass, and commit to it.
+
+        Args:
+            document_start: Rows that begin a new document; `None` for none.
+
+        Returns:
+            The state, known to have nothing pending. This one stays usable.
+
+        Raises:
+            ValueError: If a row stands inside a segment. Where values are not known, the device
+                checks it.
+        """
+        state = self if document_start is None else self.start_documents(document_start)
+        if state.pending is None:
+            return state
+
+        def error() -> ValueError:
+            return ValueError(
+                "Every row must stand at the start of a segment or begin a document, got rows with "
+                f"{state.num_pending.tolist()} tokens of an unfinished one. Use the state as it is."
+            )
+
+        known.require(state.num_pending == 0, error, "every row must begin a segment")
+        return replace(state, pending=None)
 
     def without_xl_cache(self) -> "MemoryState":
         """Hide the tokens of the XL cache from a forward pass.
@@ -169,11 +214,12 @@ class MemoryState:
                 cross the end of a segment. The state is then as it was.
         """
         state, num_pending = self._continued_by(new)
-        turn = self._lease.take_turn(self._turn)
-        segment = _add_to_segment(state.pending, state, new)
+        lease = self._lease.pass_on()
+        after, segment = state._moved_on(state.pending, new, num_pending)
         complete = num_pending == self.layout.segment_length
-        stores = state.stores if known_none(complete) else state._write_stores(segment, complete)
-        return replace(state._moved_on(segment, num_pending), stores=stores, _turn=turn)
+        writes = state._is_whole(new) or not known.known_none(complete)
+        stores = state._write_stores(segment, complete) if writes else state.stores
+        return replace(after, stores=stores, _lease=lease)
 
     @torch.no_grad()
     def read_on(self, new: NewEntries) -> "MemoryState":
@@ -190,36 +236,54 @@ class MemoryState:
         """
         state, num_pending = self._continued_by(new)
         # tokens are put behind the pending ones in place
-        pending = state.pending and _each(state.pending, torch.clone)
-        return state._moved_on(_add_to_segment(pending, state, new), num_pending)
+        pending = state.pending and each(state.pending, torch.clone)
+        return state._moved_on(pending, new, num_pending)[0]
 
     def _continued_by(self, new: NewEntries) -> tuple["MemoryState", Int[Tensor, " batch"]]:
         """Return the state that a pass has read, and the tokens of each unfinished segment now."""
         self.require_current()
-        _check_shapes(self, new)
+        require_shapes(new.layers, self.layout, self.batch_size)
         state = self.start_documents(new.document_start)
         num_pending = state.num_pending + new.num_tokens
-        _check_continues(state, new, num_pending)
-        return state, num_pending
+        require_continues(state.position, new.position, num_pending, self.layout.segment_length)
+        return state.at_segment_start() if new.starts_segment else state, num_pending
+
+    def _is_whole(self, new: NewEntries) -> bool:
+        """Tell whether a pass is known, without asking, to have read a segment of every row.
+
+        Returns:
+            `False` also where it is not known.
+        """
+        width, length = new.layers[0].keys.shape[2], self.layout.segment_length
+        return self.pending is None and new.is_full and width == length
 
     def _moved_on(
-        self, segment: tuple[KeyValues, ...], num_pending: Int[Tensor, " batch"]
-    ) -> "MemoryState":
-        """Return the state with complete segments in its XL cache, and its stores as they are."""
-        segment_length = self.layout.segment_length
-        complete = num_pending == segment_length
-        any_pending = bool((num_pending * ~complete).any())
-        cached = (self.num_cached + segment_length).clamp(max=self.layout.xl_cache_length)
-        return replace(
+        self,
+        pending: tuple[KeyValues, ...] | None,
+        new: NewEntries,
+        num_pending: Int[Tensor, " batch"],
+    ) -> tuple["MemoryState", tuple[KeyValues, ...]]:
+        """Add new tokens, in place of the pending ones given, and cache what is complete.
+
+        Returns:
+            The state after them, its stores as they are, and the segments.
+        """
+        length, is_whole = self.layout.segment_length, self._is_whole(new)
+        segment = add_tokens(
+            pending, self.num_pending, new.layers, new.num_tokens, length, is_whole=is_whole
+        )
+        complete = num_pending == length
+        leaves_none = is_whole or known.known_none((num_pending > 0) & ~complete)
+        cached = (self.num_cached + length).clamp(max=self.layout.xl_cache_length)
+        after = replace(
             self,
-            xl_cache=tuple(
-                _shift(*sides, complete) for sides in zip(self.xl_cache, segment, strict=True)
-            ),
+            xl_cache=move_into_cache(self.xl_cache, segment, complete, is_whole=is_whole),
             num_cached=torch.where(complete, cached, self.num_cached),
-            pending=segment if any_pending else None,
+            pending=None if leaves_none else segment,
             num_pending=torch.where(complete, 0, num_pending),
             position=self.position + num_pending - self.num_pending,
         )
+        return after, segment
 
     def _write_stores(
         self, segment: tuple[KeyValues, ...], complete: Bool[Tensor, " batch"]
@@ -260,14 +324,13 @@ class MemoryState:
         self.require_current()
         return replace(
             self,
-            xl_cache=_each(self.xl_cache, lambda side: side[row_ids]),
-            pending=self.pending and _each(self.pending, lambda side: side[row_ids]),
+            xl_cache=each(self.xl_cache, lambda side: side[row_ids]),
+            pending=self.pending and each(self.pending, lambda side: side[row_ids]),
             num_cached=self.num_cached[row_ids],
             num_pending=self.num_pending[row_ids],
             position=self.position[row_ids],
             stores={layer: store.select_rows(row_ids) for layer, store in self.stores.items()},
             _lease=Lease(),
-            _turn=0,
         )
 
     def fork(self) -> "MemoryState":
@@ -290,111 +353,11 @@ class MemoryState:
             return self
         return replace(
             self,
-            xl_cache=_each(self.xl_cache, lambda side: side.to(device)),
-            pending=self.pending and _each(self.pending, lambda side: side.to(device)),
+            xl_cache=each(self.xl_cache, lambda side: side.to(device)),
+            pending=self.pending and each(self.pending, lambda side: side.to(device)),
             num_cached=self.num_cached.to(device),
             num_pending=self.num_pending.to(device),
             position=self.position.to(device),
             stores={layer: store.to(device) for layer, store in self.stores.items()},
             _lease=Lease(),
-            _turn=0,
         )
-
-
-def _each(
-    layers: tuple[KeyValues, ...], function: Callable[[Tensor], Tensor]
-) -> tuple[KeyValues, ...]:
-    return tuple(KeyValues(function(keys), function(values)) for keys, values in layers)
-
-
-def _check_shapes(state: MemoryState, new: NewEntries) -> None:
-    """Refuse entries of another batch or model, or of which some are missing.
-
-    Raises:
-        MemoryStateError: If rows, layers, heads or their width differ, or tokens of the layers do.
-    """
-    layout, shapes = state.layout, {tuple(side.shape) for layer in new.layers for side in layer}
-    tokens = max((shape[2] for shape in shapes), default=0)
-    expected = (state.batch_size, layout.num_kv_heads, tokens, layout.head_dim)
-    if len(new.layers) != layout.num_layers or shapes != {expected}:
-        msg = (
-            f"New entries must be of {layout.num_layers} layers with (rows, heads, tokens, "
-            f"head_dim) = {expected}, got {len(new.layers)} layers with {sorted(shapes)}. Commit "
-            "to the state that was read."
-        )
-        raise MemoryStateError(msg)
-
-
-def _check_continues(state: MemoryState, new: NewEntries, num_pending: Tensor) -> None:
-    """Refuse entries that do not continue what the rows have read.
-
-    Raises:
-        MemoryStateError: If they follow something else, or cross the end of a segment.
-    """
-    layout = state.layout
-    continues = new.position == state.position
-    if not bool((continues & (num_pending <= layout.segment_length)).all()):
-        if not bool(continues.all()):
-            msg = (
-                f"New entries must continue rows that have read {state.position.tolist()} tokens, "
-                f"got entries that follow {new.position.tolist()}. Commit each pass once, to the "
-                "state that it read."
-            )
-        else:
-            msg = (
-                f"A pass must stay inside a segment of {layout.segment_length} tokens, got rows "
-                f"with {num_pending.tolist()}. Use byheart.read_tokens, which cuts at segment ends."
-            )
-        raise MemoryStateError(msg)
-
-
-def _add_to_segment(
-    old: tuple[KeyValues, ...] | None, state: MemoryState, new: NewEntries
-) -> tuple[KeyValues, ...]:
-    """Put new tokens behind the pending ones, in place where there are any.
-
-    Returns:
-        Per layer, the unfinished segment, `segment_length` columns of which the rows use the first
-        so many.
-    """
-    length = state.layout.segment_length
-    width = min(length, new.layers[0].keys.shape[2])
-    if old is None and width == length and bool((new.num_tokens == length).all()):
-        return _each(new.layers, lambda side: side[:, :, :length])
-    columns = torch.arange(width, device=new.num_tokens.device)
-    keep = columns < new.num_tokens[:, None]
-    # columns that are not kept go round to slots behind the kept ones and are written back
-    slots = RingCursor(memory_size=length, num_written=state.num_pending).claim(keep)
-    if old is None:
-        old = _each(
-            new.layers, lambda side: side.new_zeros((*side.shape[:2], length, side.shape[3]))
-        )
-    for target, source in zip(old, new.layers, strict=True):
-        for storage, entries in zip(target, source, strict=True):
-            # what is wider than a segment is padding
-            overwrite(storage, entries[:, :, :width], slots, keep)
-    return old
-
-
-def _shift(old: KeyValues, segment: KeyValues, complete: Bool[Tensor, " batch"]) -> KeyValues:
-    """Move the complete segments of a layer into its XL cache.
-
-    Returns:
-        The XL cache: the last columns of [cache ; segment] where complete, the old one elsewhere.
-    """
-    length = old.keys.shape[2]
-    if length == 0 or not bool(complete.any()):
-        return old
-
-    def shift(cache: Tensor, newest: Tensor) -> Tensor:
-        newest = newest.to(cache.dtype)
-        if newest.shape[2] < length:
-            newest = torch.cat([cache, newest], dim=2)
-        newest = newest[:, :, -length:]
-        return (
-            newest
-            if bool(complete.all())
-            else torch.where(complete[:, None, None, None], newest, cache)
-        )
-
-    return KeyValues(*(shift(*sides) for sides in zip(old, segment, strict=True)))

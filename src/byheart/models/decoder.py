@@ -15,6 +15,7 @@ from byheart.models.init import initialize
 from byheart.models.local import LocalContext
 from byheart.models.norm import RMSNorm
 from byheart.models.segment_model import SegmentModel, layer_metrics
+from byheart.ops import known
 from byheart.ops.losses import IGNORED, cross_entropy
 
 
@@ -133,7 +134,8 @@ class Decoder(SegmentModel):
         Raises:
             MemoryStateError: If the state is used up or was made for another model.
             ValueError: If a row crosses the end of its segment, `num_tokens` is out of range, or
-                the batch sizes differ.
+                the batch sizes differ. Where values are not known, the device checks them, see
+                `byheart.ops.known`.
         """
         hidden, new_entries = self.read_embeddings(
             self.embedding(input_ids),
@@ -176,10 +178,12 @@ class Decoder(SegmentModel):
             state = self.new_state(batch)
         if document_start is None:
             document_start = torch.zeros(batch, dtype=torch.bool, device=device)
+        is_full = num_tokens is None
         if num_tokens is None:
             num_tokens = torch.full((batch,), num_queries, device=device)
+        else:
+            require_columns(num_tokens, num_queries)
         state = self.require_state(state, batch, document_start)
-        require_columns(num_tokens, num_queries)
         require_inside_segment(state, num_tokens)
         local = LocalContext.of(
             state, num_queries, self.config.window, self_visible=self.config.self_visible
@@ -194,6 +198,8 @@ class Decoder(SegmentModel):
             num_tokens=num_tokens,
             document_start=document_start,
             position=state.position,
+            starts_segment=state.pending is None,
+            is_full=is_full,
         )
         return self.norm(hidden), new_entries
 
@@ -241,40 +247,42 @@ class Decoder(SegmentModel):
 def require_columns(num_tokens: Int[Tensor, " batch"], width: int) -> None:
     """Refuse counts of tokens that the columns of an input do not have.
 
+    Where values are not known, the device checks it.
+
     Args:
         num_tokens: Tokens of each row.
         width: Columns of the input.
-
-    Raises:
-        ValueError: If a count is negative or larger than `width`.
     """
     wrong = (num_tokens < 0) | (num_tokens > width)
-    if bool(wrong.any()):
+
+    def error() -> ValueError:
         row = int(wrong.long().argmax())
-        msg = (
+        return ValueError(
             f"num_tokens must be between 0 and the {width} columns of input_ids, got "
             f"{int(num_tokens[row])} for row {row}."
         )
-        raise ValueError(msg)
+
+    known.require(~wrong, error, "num_tokens must be between 0 and the columns of input_ids")
 
 
 def require_inside_segment(state: MemoryState, num_tokens: Int[Tensor, " batch"]) -> None:
     """Refuse tokens that do not fit into the segment that a row is in.
 
+    Where values are not known, the device checks it.
+
     Args:
         state: What the rows have read.
         num_tokens: Tokens of each row.
-
-    Raises:
-        ValueError: If a row has more than there is room.
     """
     length = state.layout.segment_length
     left = length - state.num_pending
-    if bool((num_tokens > left).any()):
+
+    def error() -> ValueError:
         row = int((num_tokens - left).argmax())
-        msg = (
+        return ValueError(
             f"The tokens of a pass must fit into the segment of {length} tokens: row {row} has "
             f"room for {int(left[row])}, got {int(num_tokens[row])}. Use byheart.read_tokens, "
             "which cuts at segment ends."
         )
-        raise ValueError(msg)
+
+    known.require(num_tokens <= left, error, "the tokens of a pass must fit into the segment")

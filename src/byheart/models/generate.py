@@ -10,6 +10,11 @@ from torch import Tensor
 from byheart.memory.state import MemoryState
 from byheart.models.segment_model import SegmentModel
 from byheart.models.streaming import read_tokens
+from byheart.ops import known
+
+# A device is asked so seldom whether all rows have stopped: an answer makes it wait, and so does a
+# step that no row needs.
+_TOKENS_PER_QUESTION = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,16 +88,20 @@ def generate(
         msg = f"max_new_tokens must be at least 1, got {max_new_tokens}."
         raise ValueError(msg)
     batch = input_ids.shape[0]
-    if input_ids.shape[1] == 0 or (num_tokens is not None and bool((num_tokens < 1).any())):
-        msg = "Every row needs at least one prompt token to continue from. Drop the empty prompts."
-        raise ValueError(msg)
+    error = ValueError(
+        "Every row needs at least one prompt token to continue from. Drop the empty prompts."
+    )
+    if input_ids.shape[1] == 0:
+        raise error
+    if num_tokens is not None:
+        known.require(num_tokens > 0, lambda: error, "every row needs a prompt token")
     sampling = sampling or SamplingConfig(temperature=0.0)
     state = state if state is not None else model.new_state(batch)
     read = read_tokens(model, input_ids, state, num_tokens=num_tokens)
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     count = torch.zeros(batch, dtype=torch.long, device=input_ids.device)
     tokens: list[Tensor] = []
-    for _ in range(max_new_tokens):
+    for number in range(1, max_new_tokens + 1):
         if tokens:
             read = read_tokens(model, tokens[-1][:, None], read.state, num_tokens=running.long())
         chosen = choose(read.last_logits, sampling, generator)
@@ -102,8 +111,12 @@ def generate(
         count = count + running
         if stop_id is not None:
             running = running & (chosen != stop_id)
-            if not bool(running.any()):
+            asks = known.values_are_known(running) or number % _TOKENS_PER_QUESTION == 0
+            if asks and not bool(running.any()):
                 break
+    if stop_id is not None:
+        # rows may have waited for the question whether all are done
+        tokens = tokens[: int(count.max())]
     return Generated(torch.stack(tokens, dim=1), count, read.state)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from byheart.memory.state import MemoryState
 from byheart.memory.store import KeyValues
+from byheart.ops import known
 from byheart.ops.attention import Attended, masked_attention, window_attention
 
 
@@ -15,8 +16,9 @@ from byheart.ops.attention import Attended, masked_attention, window_attention
 class LocalContext:
     """The local keys of one forward pass, and which of them each query sees.
 
-    Where all rows stand at the start of a segment, which is every training step, the window is the
-    same for all and attention runs in blocks. Otherwise a mask per row says what is visible.
+    Where all rows are known to stand at the start of a segment, which is every training step, the
+    window is the same for all and attention runs in blocks. Otherwise a mask per row says what is
+    visible.
     """
 
     state: MemoryState
@@ -53,10 +55,10 @@ class LocalContext:
         if state.layout.empty_slots == "zeros":
             cache_valid = torch.ones_like(cache_valid)
         distances = visible = None
-        if state.pending is not None and bool(state.num_pending.any()):
-            distances, known = _distances(state, num_queries, cache_valid)
+        if state.pending is not None and not known.known_none(state.num_pending > 0):
+            distances, holds_token = _distances(state, num_queries, cache_valid)
             nearest = 0 if self_visible else 1
-            visible = known[:, None] & (distances >= nearest) & (distances <= window)
+            visible = holds_token[:, None] & (distances >= nearest) & (distances <= window)
         return cls(
             state=state,
             window=window,

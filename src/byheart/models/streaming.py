@@ -9,6 +9,7 @@ from torch import Tensor
 from byheart.memory.state import MemoryState
 from byheart.models.decoder import require_columns
 from byheart.models.segment_model import SegmentModel
+from byheart.ops import known
 
 
 class ReadResult(NamedTuple):
@@ -34,7 +35,9 @@ def read_tokens(
 ) -> ReadResult:
     """Read any number of tokens per row into memory, without a gradient.
 
-    It does not matter how a document is cut into calls, or what the other rows do.
+    It does not matter how a document is cut into calls, or what the other rows do. A device is
+    asked for values once in a call, and not at all for a single column, or where the state is known
+    to have nothing pending and all columns are read.
 
     Args:
         model: A `Decoder`, or a pretrained model with memory.
@@ -50,27 +53,59 @@ def read_tokens(
     batch, width = input_ids.shape
     device = input_ids.device
     left = num_tokens if num_tokens is not None else torch.full((batch,), width, device=device)
-    require_columns(left, width)
+    if num_tokens is not None:
+        require_columns(left, width)
     vocab = model.vocab_size
     last_logits = torch.zeros(batch, vocab, device=device)
-    logits = torch.zeros(batch, width, vocab, device=device) if return_logits else None
+    # the last place takes the scores of columns that are no tokens
+    logits = torch.zeros(batch * width + 1, vocab, device=device) if return_logits else None
+    row_ids = torch.arange(batch, device=device)
     done = torch.zeros(batch, dtype=torch.long, device=device)
     if document_start is not None:
         state = state.start_documents(document_start)
-    while bool((left > 0).any()):
+    is_full = num_tokens is None and state.pending is None
+    for size in _pass_widths(model, state, left, width, is_full=is_full):
         room = model.memory_layout.segment_length - state.num_pending
         take = torch.minimum(left, room)
-        columns = torch.arange(int(take.max()), device=device)
+        columns = torch.arange(size, device=device)
         at = (done[:, None] + columns).clamp(max=width - 1)
-        out = model(input_ids.gather(1, at), state=state, num_tokens=take)
+        out = model(input_ids.gather(1, at), state=state, num_tokens=None if is_full else take)
         assert out.logits is not None
         scores = out.logits.float()
-        rows, offsets = (columns < take[:, None]).nonzero(as_tuple=True)
         if logits is not None:
-            logits[rows, at[rows, offsets]] = scores[rows, offsets]
+            logits[
+                torch.where(columns < take[:, None], row_ids[:, None] * width + at, batch * width)
+            ] = scores
         reads = take > 0
-        last = scores[torch.arange(batch, device=device), (take - 1).clamp(min=0)]
+        last = scores[row_ids, (take - 1).clamp(min=0)]
         last_logits = torch.where(reads[:, None], last, last_logits)
         state = state.commit(out.new_entries)
         done, left = done + take, left - take
+    if logits is not None:
+        logits = logits[:-1].view(batch, width, vocab)
     return ReadResult(state, last_logits, logits)
+
+
+def _pass_widths(
+    model: SegmentModel, state: MemoryState, left: Tensor, width: int, *, is_full: bool
+) -> list[int]:
+    """Cut what is to be read at the ends of segments, asking a device for values at most once.
+
+    Returns:
+        Columns of each pass.
+    """
+    length = model.memory_layout.segment_length
+    if is_full:
+        return [min(length, width - start) for start in range(0, width, length)]
+    if width == 1 and not known.values_are_known(left):
+        # there is room for a token: complete segments are in memory already
+        return [1]
+    widths = []
+    rows = torch.stack([left, length - state.num_pending]).tolist()
+    counts, rooms = rows[0], rows[1]
+    while max(counts) > 0:
+        takes = [min(pair) for pair in zip(counts, rooms, strict=True)]
+        widths.append(max(takes))
+        counts = [count - take for count, take in zip(counts, takes, strict=True)]
+        rooms = [room - take or length for room, take in zip(rooms, takes, strict=True)]
+    return widths

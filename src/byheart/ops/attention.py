@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from byheart.ops import known
+
 # Lower than any real score and finite: -inf would give NaN in the softmax of a query that sees
 # nothing. Half of the float32 minimum leaves room to add a score without overflowing.
 EXCLUDED = torch.finfo(torch.float32).min / 2
@@ -131,7 +133,7 @@ def window_attention(
     # in place: the backward of a matrix product does not need its result
     scores_BHNQU += bias_HQU[:, None]
     # a pass over all scores, saved where rows have full caches; only on a CPU is asking free
-    if not hidden_BNU.is_cpu or bool(hidden_BNU.any()):
+    if not known.known_none(hidden_BNU):
         scores_BHNQU.masked_fill_(hidden_BNU[:, None, :, None], EXCLUDED)
     weights_BHNQU = torch.softmax(scores_BHNQU, dim=-1).to(values.dtype)
     output_BHNQD = weights_BHNQU @ values_BHNDU.transpose(-1, -2)

@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from byheart.ops import known
+
 IGNORED = -100
 """Label of a position that is not predicted."""
 
@@ -57,19 +59,19 @@ def cross_entropy(
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:
-    """Refuse labels outside of the vocabulary, without waiting for a GPU.
+    """Refuse labels outside of the vocabulary, without waiting for a GPU."""
 
-    Raises:
-        ValueError: If there is one, on the CPU.
-    """
-    known = ((labels == IGNORED) | ((labels >= 0) & (labels < vocab_size))).all()
-    if labels.is_cpu and not bool(known):
-        msg = (
+    def error() -> ValueError:
+        return ValueError(
             f"labels must be {IGNORED} or between 0 and {vocab_size - 1}, got "
             f"{int(labels.min())} to {int(labels.max())}. Use the tokenizer of the model."
         )
-        raise ValueError(msg)
-    torch._assert_async(known, "labels must be in the vocabulary")
+
+    known.require(
+        (labels == IGNORED) | ((labels >= 0) & (labels < vocab_size)),
+        error,
+        "labels must be in the vocabulary",
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from byheart.ops import search_plan, search_triton
+from byheart.ops import known, search_plan, search_triton
 from byheart.ops.search_head import search_head
 from byheart.ops.search_select import (
     EXCLUDED,
@@ -117,7 +117,7 @@ def check_finite(queries: Tensor) -> None:
     Raises:
         ValueError: If a query is NaN or infinite.
     """
-    if queries.is_cpu and not torch.isfinite(queries).all():
+    if known.values_are_known(queries) and not torch.isfinite(queries).all():
         msg = (
             "queries must be finite, got NaN or infinity. Look for the first layer whose output "
             "is not finite, or lower the learning rate."

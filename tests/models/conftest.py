@@ -1,0 +1,6 @@
+"""Makes `step_setup` importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
