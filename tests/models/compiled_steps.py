@@ -1,0 +1,152 @@
+"""Whole steps, compiled and not, in a process without the checks of the tests.
+
+Those checks wrap every function with annotations, which compilers cannot see through.
+"""
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+from step_setup import SEGMENT, assert_same, assert_same_state, batches, make_config
+from torch._dynamo.utils import counters
+
+from byheart.memory.state import MemoryState
+from byheart.testing.tiny import random_tokens, tiny_decoder
+
+ROUNDS = 2
+
+
+def compiled(function, backend):
+    """Compile without a break and for fixed shapes."""
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+
+
+def never_again():
+    """Refuse to compile anything from now on."""
+    torch.compiler.set_stance("fail_on_recompile")
+
+
+class Step(torch.nn.Module):
+    """Forward, and whatever comes before it."""
+
+    def __init__(self, decoder, kind):
+        super().__init__()
+        self.decoder, self.kind = decoder, kind
+
+    def forward(self, state, batch):
+        if self.kind == "known":
+            state = state.at_segment_start(batch["document_start"])
+        return self.decoder(**batch, state=state), state
+
+
+def train(decoder, forward, commit, kind, *, settled):
+    """Return losses, gradients and the last state; after `settled` steps nothing is compiled."""
+    state, losses = decoder.new_state(2), []
+    for step, segment in enumerate(list(batches()) * ROUNDS):
+        if step == settled:
+            never_again()
+        batch = segment
+        if kind == "whole":
+            batch = {**segment, "num_tokens": None, "targets": segment["targets"].clamp(min=0)}
+        out, state = forward(state, batch)
+        out.loss.backward()
+        state = commit(state, out.new_entries)
+        losses.append(out.token_losses.detach())
+    torch.compiler.set_stance("default")
+    return torch.stack(losses), [weight.grad for weight in decoder.parameters()], state
+
+
+def check_training(kind, name, cache, *, backend):
+    """Compare compiled training with training.
+
+    Args:
+        kind: Whether rows read `whole` segments, or segments and ends of documents, of which it is
+            `known` or `unknown` that each begins a segment.
+        name: Of a config.
+        cache: Length of the XL cache.
+        backend: Of the compiler.
+    """
+    config = make_config(name, xl_cache_length=cache)
+    eager = tiny_decoder(config)
+    expected = train(eager, Step(eager, kind), MemoryState.commit, kind, settled=None)
+    decoder = tiny_decoder(config)
+    forward, commit = (
+        compiled(part, backend) for part in (Step(decoder, kind), MemoryState.commit)
+    )
+    # what is pending is allocated in the first step
+    found = train(decoder, forward, commit, kind, settled=1 if kind == "whole" else 2)
+    assert_same(found, expected)
+    assert (found[2].pending is None) == (kind == "whole")
+
+
+def decode(decoder, tokens, step, *, settled):
+    """Return the scores after every token and the last state."""
+    state, scores = decoder.new_state(len(tokens)), []
+    for index, column in enumerate(tokens.split(1, dim=1)):
+        if index == settled:
+            never_again()
+        with torch.no_grad():
+            logits, state = step(decoder, column, state)
+        scores.append(logits.clone())
+    torch.compiler.set_stance("default")
+    return torch.cat(scores, dim=1), state
+
+
+def decode_one(decoder, column, state):
+    """Read a token per row, and what it adds into the state."""
+    out = decoder(column, state=state)
+    return out.logits, state.commit(out.new_entries)
+
+
+def check_decoding(name, cache, *, backend):
+    decoder = tiny_decoder(make_config(name, xl_cache_length=cache))
+    tokens = random_tokens(2, 5 * SEGMENT + 3)
+    expected, before = decode(decoder, tokens, decode_one, settled=None)
+    found, after = decode(decoder, tokens, compiled(decode_one, backend), settled=2)
+    torch.testing.assert_close(found, expected)
+    assert_same_state(after, before)
+
+
+def check_protection():
+    """A compiled step refuses what a step refuses."""
+    decoder, tokens = tiny_decoder(), random_tokens(2, SEGMENT)
+    forward, commit = compiled(decoder, "aot_eager"), compiled(MemoryState.commit, "aot_eager")
+    old = decoder.new_state(2)
+    out = forward(tokens, state=old)
+    new = commit(old, out.new_entries)
+    for use in (lambda: forward(tokens, state=old), lambda: commit(old, out.new_entries)):
+        with pytest.raises(RuntimeError) as caught:
+            use()
+        assert "fork() before commit" in describe(caught.value)
+    # what was refused has changed nothing
+    assert forward(tokens, state=new).logits.isfinite().all()
+    for arguments, message in (
+        ({"num_tokens": torch.tensor([8, 7])}, "num_tokens must be between 0 and"),
+        ({"targets": torch.full((2, SEGMENT), 31)}, "labels must be in the vocabulary"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            forward(tokens, state=new, **arguments)
+
+
+def describe(error):
+    """Return what an error and its causes say."""
+    said = str(error)
+    while (error := error.__cause__ or error.__context__) is not None:
+        said += "\n" + str(error)
+    return said
+
+
+def main() -> None:
+    kind, *arguments = sys.argv[1:]
+    if kind == "protection":
+        check_protection()
+    else:
+        name, cache, backend = arguments
+        check = check_decoding if kind == "decode" else partial(check_training, kind)
+        check(name, int(cache), backend=backend)
+    assert not counters["graph_break"], counters["graph_break"]
+
+
+if __name__ == "__main__":
+    main()
