@@ -10,9 +10,10 @@ import pytest
 import torch
 from step_setup import SEGMENT, assert_same, assert_same_state, batches, make_config
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 
 from byheart.memory.state import MemoryState
-from byheart.testing.tiny import random_tokens, tiny_decoder
+from byheart.testing.tiny import random_tokens, tiny_config, tiny_decoder
 
 ROUNDS = 2
 
@@ -129,6 +130,20 @@ def check_protection():
             forward(tokens, state=new, **arguments)
 
 
+def check_writes_in_place():
+    """A compiled commit allocates nothing as large as a ring: it writes into the ring itself."""
+    decoder = tiny_decoder(tiny_config(memory_size=1009))
+    state = decoder.new_state(2)
+    out = decoder(random_tokens(2, SEGMENT), state=state)
+    ring, expected = state.stores[1].keys, state.fork().commit(out.new_entries)
+    after, code = run_and_get_code(compiled(MemoryState.commit, "inductor"), state, out.new_entries)
+    assert after.stores[1].keys is ring
+    assert_same_state(after, expected)
+    allocations = [line for line in "\n".join(code).splitlines() if "empty_strided" in line]
+    assert allocations
+    assert not any("1009" in line for line in allocations), allocations
+
+
 def describe(error):
     """Return what an error and its causes say."""
     said = str(error)
@@ -141,6 +156,8 @@ def main() -> None:
     kind, *arguments = sys.argv[1:]
     if kind == "protection":
         check_protection()
+    elif kind == "in place":
+        check_writes_in_place()
     else:
         name, cache, backend = arguments
         check = check_decoding if kind == "decode" else partial(check_training, kind)

@@ -1,5 +1,6 @@
 """Whole steps compile without a break, once, and compute the same."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,9 @@ def test_a_compiled_decoding_step_computes_the_same(name, cache):
 @pytest.mark.slow
 def test_a_compiled_step_refuses_what_a_step_refuses():
     run("protection")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="Inductor needs a C++ compiler")
+def test_a_compiled_commit_writes_rings_in_place():
+    run("in place")

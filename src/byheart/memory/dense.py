@@ -154,8 +154,9 @@ class DenseStore:
             for start in range(0, keys.shape[2], self.memory_size):
                 lap = slice(start, start + self.memory_size)
                 slots_BN = cursor.claim(keep[:, lap])
+                index = places(slots_BN, keys.shape[1])
                 for storage, entries in ((self.keys, keys), (self.values, values)):
-                    overwrite(storage, entries[:, :, lap], slots_BN, keep[:, lap])
+                    overwrite(storage, entries[:, :, lap], index, keep[:, lap])
                 self._coded.mark(self.keys, slots_BN, keep[:, lap])
                 cursor = cursor.advance(keep[:, lap].sum(1))
         return replace(self, cursor=cursor, _lease=lease)
@@ -365,10 +366,23 @@ class DenseStore:
         return min(self.memory_size, int(num_written.max()))
 
 
-def overwrite(storage: Tensor, entries: Tensor, slots_BN: Tensor, keep: Tensor) -> None:
+def places(slots_BN: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Index slots of rows, in all of their heads, for `overwrite`.
+
+    Returns:
+        Rows, heads and slots.
+    """
+    rows_B11 = torch.arange(len(slots_BN), device=slots_BN.device)[:, None, None]
+    heads_G1 = torch.arange(num_heads, device=slots_BN.device)[:, None]
+    return rows_B11, heads_G1, slots_BN[:, None]
+
+
+def overwrite(
+    storage: Tensor, entries: Tensor, index: tuple[Tensor, Tensor, Tensor], keep: Tensor
+) -> None:
     """Write the kept entries; the others write back what their slot held, so shapes are fixed."""
-    shape = entries.shape
-    index = slots_BN[:, None, :, None].expand(shape)
-    before = storage.gather(2, index)
-    after = torch.where(keep[:, None, :, None], entries.detach().to(storage.dtype), before)
-    storage.scatter_(2, index, after)
+    kept = entries.detach().to(storage.dtype)
+    after = torch.where(keep[:, None, :, None], kept, storage[index])
+    # `scatter_` converts all of a storage of half precision on a CPU, and compiled by torch 2.13
+    # it copies the storage
+    storage.index_put_(index, after)

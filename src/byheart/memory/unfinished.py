@@ -7,11 +7,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from byheart.errors import MemoryStateError
-from byheart.memory.dense import overwrite
+from byheart.memory.dense import overwrite, places
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.ring import RingCursor
 from byheart.memory.store import KeyValues
 from byheart.ops import known
+
+_SETTLED = torch.contiguous_format
 
 
 def each(
@@ -128,9 +130,10 @@ def add_tokens(
         return each(new, first)
     # columns that are not kept go round to slots behind the kept ones and are written back
     slots = RingCursor(memory_size=segment_length, num_written=num_pending).claim(keep)
+    index = places(slots, new[0].keys.shape[1])
     for target, source in zip(pending, new, strict=True):
         for storage, entries in zip(target, source, strict=True):
-            overwrite(storage, entries[:, :, :width], slots, keep)
+            overwrite(storage, entries[:, :, :width], index, keep)
     return pending
 
 
@@ -163,8 +166,9 @@ def move_into_cache(
             newest = torch.cat([old, newest], dim=2)
         newest = newest[:, :, -length:]
         if not moves_all:
-            newest = torch.where(complete[:, None, None, None], newest, old)
-        return _settled(newest)
+            return _settled(torch.where(complete[:, None, None, None], newest, old))
+        # what a compiled pass returns may be overwritten by the next one
+        return newest if known.values_are_known(newest) else newest.clone(memory_format=_SETTLED)
 
     return tuple(
         KeyValues(*(move(*sides) for sides in zip(old, newest, strict=True)))
@@ -178,4 +182,4 @@ def _settled(kept: Tensor) -> Tensor:
     Returns:
         The tensor; where values are known, as it is.
     """
-    return kept if known.values_are_known(kept) else kept.contiguous()
+    return kept if known.values_are_known(kept) else kept.contiguous(memory_format=_SETTLED)
