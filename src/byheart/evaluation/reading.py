@@ -125,11 +125,13 @@ class CorpusReader:
         batch = collate([self._dataset[first_item + row] for row in self._rows])
         idle = batch["num_tokens"] == 0
         device = self._state.position.device
+        # rows without an unfinished segment let attention take the path for whole segments
+        document_start = (batch["document_start"] | idle).to(device)
+        state = self._state.at_segment_start(document_start)
         out = self._model(
             batch["input_ids"].to(device),
-            state=self._state.without_xl_cache() if self._hides_cache else self._state,
-            # rows without an unfinished segment let attention take the path for whole segments
-            document_start=(batch["document_start"] | idle).to(device),
+            state=state.without_xl_cache() if self._hides_cache else state,
+            document_start=document_start,
             num_tokens=batch["num_tokens"].to(device),
             targets=batch["labels"].to(device),
         )

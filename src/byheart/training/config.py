@@ -2,13 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from byheart.adapters.attach_config import AttachConfig
 from byheart.data.documents import FolderAs, OnBad
 from byheart.models.config import DecoderConfig, preset
 
 __all__ = [
+    "Compile",
     "DataConfig",
     "EvaluationConfig",
     "ModelConfig",
@@ -21,6 +22,9 @@ __all__ = [
 # the share that the authors' cosine schedule ends at
 _DEFAULT_MIN_RATIO = 0.1
 
+
+Compile: TypeAlias = Literal["no", "default", "reduce-overhead"]
+"""Whether, and in which mode of `torch.compile`, the steps of a run are compiled."""
 
 SHORT_LOSS = "nats_per_token/short"
 """Metric of `EvaluationConfig.short_tokens`."""
@@ -56,6 +60,10 @@ class TrainingConfig:
     """Longer gradients, over all parameters, are scaled down to this length."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the matrix products; weights and optimizer are always float32."""
+    compile: Compile = "no"
+    """Compile forward, backward and commit with `torch.compile`: it takes minutes in the first step
+    and, on a CPU, a C++ compiler. `reduce-overhead` puts forward and backward into CUDA graphs,
+    which byheart has not been run with yet."""
     seed: int = 0
     """Decides first weights, order of documents and dropout."""
     save_every: int = 500
@@ -87,6 +95,13 @@ class TrainingConfig:
                 raise ValueError(msg)
         if not all(0 <= beta < 1 for beta in self.betas):
             msg = f"betas must be at least 0 and below 1, got {self.betas}."
+            raise ValueError(msg)
+        if self.compile == "reduce-overhead" and self.accumulation_steps > 1:
+            msg = (
+                "compile='reduce-overhead' must have accumulation_steps=1, got "
+                f"{self.accumulation_steps}: a CUDA graph would overwrite the gradients of the "
+                "forward pass before. Use compile='default'."
+            )
             raise ValueError(msg)
         self._check_schedule()
 

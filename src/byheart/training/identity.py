@@ -10,7 +10,9 @@ from byheart.training.config import TrainingConfig
 __all__ = ["FREE_TO_CHANGE", "check_fit", "run_identity"]
 
 # what may change when a run is resumed: it does not touch a step that is already done
-FREE_TO_CHANGE = ("max_steps", "save_every", "keep_checkpoints", "evaluate_every", "log_every")
+FREE_TO_CHANGE = (
+    "max_steps", "save_every", "keep_checkpoints", "evaluate_every", "log_every", "compile",
+)  # fmt: skip
 
 
 def run_identity(

@@ -16,6 +16,7 @@ from byheart.memory.state import MemoryState, NewEntries
 from byheart.ops.losses import IGNORED
 from byheart.training.callbacks import TrainEvent
 from byheart.training.checkpoint import MODEL, Checkpoint, load_memory, save_memory
+from byheart.training.compiled import compiled, keep_addresses, require_compilable
 from byheart.training.config import TrainingConfig
 from byheart.training.identity import check_fit, run_identity
 from byheart.training.metrics import memory_fill
@@ -64,8 +65,9 @@ class MemoryTrainer(ResumableTrainer):
         on_event: Callable[[TrainEvent], None] | None = None,
     ) -> None:
         check_fit(model.memory_layout.segment_length, dataset, config, arguments.world_size)
+        require_compilable(model.memory_layout, config.compile)
         super().__init__(
-            TrainedModel(model),
+            TrainedModel(model, config.compile),
             dataset,
             config,
             arguments,
@@ -78,6 +80,8 @@ class MemoryTrainer(ResumableTrainer):
         self.memory: list[MemoryState] = []
         """What the rows of this process have read, one state per micro-batch."""
         self._new_entries: NewEntries | None = None
+        # never into CUDA graphs, which would overwrite the state that it returns
+        self._commit = compiled(_commit, "no" if config.compile == "no" else "default")
         self._micro_batch = 0
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self._measure = evaluate
@@ -111,7 +115,7 @@ class MemoryTrainer(ResumableTrainer):
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         assert self._new_entries is not None
         state = self.memory[self._micro_batch]
-        self.memory[self._micro_batch] = state.commit(self._new_entries)
+        self.memory[self._micro_batch] = self._commit(state, self._new_entries)
         self._new_entries = None
         self._micro_batch = (self._micro_batch + 1) % len(self.memory)
         return loss
@@ -137,7 +141,13 @@ class MemoryTrainer(ResumableTrainer):
         """
         assert not return_outputs
         assert num_items_in_batch is not None
-        output = model(**inputs, state=self.memory[self._micro_batch])
+        state = self.memory[self._micro_batch]
+        if not self.dataset.plan.is_one_pass:
+            # no row is idle: each begins a segment or a document
+            state = self.memory[self._micro_batch] = state.at_segment_start(
+                inputs["document_start"]
+            )
+        output = model(**inputs, state=state)
         assert output.token_losses is not None
         self._new_entries = output.new_entries
         nats = output.token_losses.sum()
@@ -217,6 +227,7 @@ class MemoryTrainer(ResumableTrainer):
 
     def _begin(self) -> None:
         self.memory = self._empty_memory()
+        keep_addresses(self.memory, self.training_config.compile)
         self._micro_batch = 0
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -230,6 +241,7 @@ class MemoryTrainer(ResumableTrainer):
         self.memory, sums = load_memory(
             checkpoint.path, self._empty_memory(), self.args.process_index
         )
+        keep_addresses(self.memory, self.training_config.compile)
         self._meter.load_state(sums)
         self._micro_batch = 0
 
@@ -255,3 +267,7 @@ class MemoryTrainer(ResumableTrainer):
     def _empty_memory(self) -> list[MemoryState]:
         rows, count = self.training_config.rows_per_device, self.training_config.accumulation_steps
         return [self.trained.new_state(rows) for _ in range(count)]
+
+
+def _commit(state: MemoryState, new: NewEntries) -> MemoryState:
+    return state.commit(new)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from byheart.memory.state import MemoryState
 from byheart.models.segment_model import SegmentModel
+from byheart.training.compiled import compiled
+from byheart.training.config import Compile
 
 __all__ = ["TrainedModel"]
 
@@ -20,9 +22,11 @@ class TrainedModel(nn.Module):
 
     accepts_loss_kwargs = True
 
-    def __init__(self, model: SegmentModel) -> None:
+    def __init__(self, model: SegmentModel, mode: Compile = "no") -> None:
         super().__init__()
         self.reader = model
+        # a function, not a module: names of weights stay as they are
+        self._read = compiled(_read, mode)
 
     def forward(
         self,
@@ -44,10 +48,15 @@ class TrainedModel(nn.Module):
         Returns:
             The model's output, with the losses of all tokens.
         """
-        return self.reader(
+        return self._read(
+            self.reader,
             input_ids,
             state=state,
             document_start=document_start,
             num_tokens=num_tokens,
             targets=labels,
         )
+
+
+def _read(model: SegmentModel, input_ids: Tensor, **inputs: Any) -> Any:
+    return model(input_ids, **inputs)
