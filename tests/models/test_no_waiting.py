@@ -148,6 +148,24 @@ def test_a_prompt_is_read_with_one_question(values_unknown, monkeypatch):
     assert questions == [1]
 
 
+def test_what_the_question_has_told_is_used(values_unknown):
+    decoder, tokens = tiny_decoder(), random_tokens(2, 3 * SEGMENT)
+    pending = []
+    decoder.register_forward_pre_hook(
+        lambda _, args, options: pending.append(options["state"].pending is not None),
+        with_kwargs=True,
+    )
+    for counts, expected in (([14, 14], [False, False]), ([14, 16], [False, False, False])):
+        pending.clear()
+        state = decoder.new_state(2)
+        read_tokens(decoder, tokens, state, num_tokens=torch.tensor(counts))
+        assert pending == expected
+    pending.clear()
+    state = read_tokens(decoder, tokens[:, :3], decoder.new_state(2)).state
+    read_tokens(decoder, tokens, state, num_tokens=torch.tensor([7, 11]))
+    assert pending == [False, True, False]
+
+
 def test_rows_that_stop_are_noticed_later_and_nothing_else_changes(monkeypatch):
     decoder, tokens = tiny_decoder(), random_tokens(2, 9)
     kept = generate(decoder, tokens, max_new_tokens=24).tokens

@@ -77,10 +77,15 @@ class DecoderReader:
             if not bool(window.complete.any()):
                 return self
             # the tokens of an unfinished segment are read again, and must be there once
-            new = replace(new, num_tokens=new.num_tokens.masked_fill(~window.complete, 0))
+            num_tokens = new.num_tokens.masked_fill(~window.complete, 0)
+            new = replace(new, num_tokens=num_tokens, is_full=False)
         # without a kNN memory nothing is left to commit, and nothing may pile up
         entries = (*self.entries, new) if self.state.stores else ()
-        return DecoderReader(self.decoder, self.state.read_on(new), entries)
+        state = self.state.read_on(new)
+        # the question above has waited for the device already
+        if state.pending is not None and not bool(state.num_pending.any()):
+            state = state.at_segment_start()
+        return DecoderReader(self.decoder, state, entries)
 
 
 def inner_layout(config: DecoderConfig) -> MemoryLayout | None:

@@ -64,7 +64,9 @@ def read_tokens(
     if document_start is not None:
         state = state.start_documents(document_start)
     is_full = num_tokens is None and state.pending is None
-    for size in _pass_widths(model, state, left, width, is_full=is_full):
+    for size, starts_segment in _passes(model, state, left, width, is_full=is_full):
+        if starts_segment:
+            state = state.at_segment_start()
         room = model.memory_layout.segment_length - state.num_pending
         take = torch.minimum(left, room)
         columns = torch.arange(size, device=device)
@@ -86,26 +88,26 @@ def read_tokens(
     return ReadResult(state, last_logits, logits)
 
 
-def _pass_widths(
+def _passes(
     model: SegmentModel, state: MemoryState, left: Tensor, width: int, *, is_full: bool
-) -> list[int]:
+) -> list[tuple[int, bool]]:
     """Cut what is to be read at the ends of segments, asking a device for values at most once.
 
     Returns:
-        Columns of each pass.
+        Columns of each pass, and whether it is known that every row begins a segment with it.
     """
     length = model.memory_layout.segment_length
     if is_full:
-        return [min(length, width - start) for start in range(0, width, length)]
+        return [(min(length, width - start), True) for start in range(0, width, length)]
     if width == 1 and not known.values_are_known(left):
         # there is room for a token: complete segments are in memory already
-        return [1]
-    widths = []
+        return [(1, False)]
+    passes = []
     rows = torch.stack([left, length - state.num_pending]).tolist()
     counts, rooms = rows[0], rows[1]
     while max(counts) > 0:
         takes = [min(pair) for pair in zip(counts, rooms, strict=True)]
-        widths.append(max(takes))
+        passes.append((max(takes), all(room == length for room in rooms)))
         counts = [count - take for count, take in zip(counts, takes, strict=True)]
         rooms = [room - take or length for room, take in zip(rooms, takes, strict=True)]
-    return widths
+    return passes
