@@ -48,6 +48,7 @@ test-matrix:
 
 bench: setup
 	$(BIN)/python -m benchmarks.search --quick
+	$(BIN)/python -m benchmarks.crossover --quick
 	$(BIN)/python -m benchmarks.step --quick
 	$(BIN)/python -m benchmarks.attach --quick
 	$(BIN)/python -m benchmarks.rmt --quick --rounds 1

@@ -3,6 +3,8 @@
 python -m benchmarks.tables
 """
 
+from typing import Any
+
 from benchmarks.table import HERE, machine_line, read, table
 from benchmarks.tables_decode import decode_section, indexes_table, read_section
 from benchmarks.tables_tasks import recipe_section, task_section
@@ -181,6 +183,47 @@ def recurrent_section() -> str | None:
             "In turns in one process, 8 segments:",
             table(["run", "ms per segment (median)"], times),
             table(["ratio", ""], ratios),
+            documents_table(result["documents"]) if "documents" in result else "",
+            machine_line(result["machine"]),
+        ]
+    )
+
+
+def documents_table(documents: dict[str, Any]) -> str:
+    counts, over = documents["segments"], documents["over the floor"]
+    rows = [
+        [name, f"{seconds:.2f}", f"{over[name]:.2f}"]
+        for name, seconds in documents["seconds"].items()
+    ]
+    return (
+        f"{len(counts)} documents of {min(counts)} to {max(counts)} segments, read side by side: "
+        "a row that is done gets the next document, or waits for the others of its batch. The "
+        "floor is as many segments in documents of equal length.\n\n"
+        + table(["reading with", "seconds", "x floor"], rows)
+    )
+
+
+def crossover_section() -> str | None:
+    result = read("crossover.json")
+    if result is None:
+        return None
+    shape = result["shape"]
+    rows = [
+        [
+            f"{row['entries']:,}",
+            *(f"{row['seconds'][name] * 1e3:.1f}" for name in ("whole", "searched")),
+            f"{row['seconds']['whole'] / row['seconds']['searched']:.2f}",
+        ]
+        for row in result["results"]
+    ]
+    return "\n\n".join(
+        [
+            "## Reading a memory whole, or searching it",
+            f"Milliseconds forward and backward of {shape['rows']} rows, {shape['heads']} heads, "
+            f"{shape['queries']} queries of {shape['head_dim']} numbers. A memory of `top_k` slots "
+            "is read whole. The two compute different things: attention over all entries, and over "
+            f"the best {shape['top_k']}.",
+            table(["entries", "whole", f"top-{shape['top_k']}", "ratio"], rows),
             machine_line(result["machine"]),
         ]
     )
@@ -282,6 +325,7 @@ def main() -> None:
         decode_section("decode-184m.json"),
         read_section(),
         search_section(),
+        crossover_section(),
         recall_section(),
         compare_section("python"),
         compare_section("arxiv-math"),
