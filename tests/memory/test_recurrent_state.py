@@ -49,6 +49,13 @@ def test_an_empty_state_has_read_nothing():
         assert getattr(state, name).tolist() == [0, 0, 0]
 
 
+def test_a_state_prints_as_what_it_has_read():
+    layout = RecurrentLayout(num_memory_tokens=2, embed_dim=3, segment_length=4)
+    assert repr(RecurrentState.empty(layout, 2)) == (
+        "RecurrentState(position=[0, 0]; num_segments=[0, 0]; num_pending=[0, 0]; cpu)"
+    )
+
+
 def test_commit_takes_over_the_pass(state):
     new = new_memory(state, [5, 0, 1])
     after = state.commit(new)

@@ -25,6 +25,15 @@ def test_commit_counts_what_was_read(decoder):
     assert state.memory_size == 41
 
 
+def test_a_state_prints_as_what_it_has_read(decoder):
+    state = read_tokens(decoder, random_tokens(3, 17), decoder.new_state(3)).state
+    assert repr(state) == (
+        "MemoryState(position=[17, 17, 17]; num_pending=[3, 3, 3]; num_cached=[7, 7, 7]; "
+        "layer 1: memory_size=41, num_written=[14, 14, 14]; cpu)"
+    )
+    assert "position=[0, 0, 0, 0, 0, 0, 0, 0, ...];" in repr(decoder.new_state(9))
+
+
 def test_xl_cache_holds_the_last_tokens_before_the_segment(decoder):
     tokens = random_tokens(1, 7)
     out = decoder(tokens, state=(state := decoder.new_state(1)))

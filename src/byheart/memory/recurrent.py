@@ -13,7 +13,7 @@ from byheart.errors import MemoryStateError
 from byheart.memory.files import load_directory, require_format, save_directory
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.persistence import state_from_tensors, state_tensors
-from byheart.memory.state import MemoryState, NewEntries
+from byheart.memory.state import MemoryState, NewEntries, shown
 
 FORMAT = "byheart-recurrent-state"
 FORMAT_VERSION = 1
@@ -84,7 +84,7 @@ class NewMemory:
     """What enters the kNN memory, one for each complete segment; empty without one."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class RecurrentState:
     """Everything a model with recurrent memory remembers, per row.
 
@@ -151,6 +151,16 @@ class RecurrentState:
     def batch_size(self) -> int:
         """Rows."""
         return self.position.shape[0]
+
+    def __repr__(self) -> str:
+        parts = [
+            f"position={shown(self.position)}",
+            f"num_segments={shown(self.num_segments)}",
+            f"num_pending={shown(self.num_pending)}",
+        ]
+        if self.inner is not None:
+            parts.append(f"inner={self.inner!r}")
+        return f"RecurrentState({'; '.join(parts)}; {self.position.device})"
 
     def start_documents(self, row_mask: Bool[Tensor, " batch"]) -> "RecurrentState":
         """Forget everything about the rows that start a document.

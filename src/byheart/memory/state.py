@@ -40,7 +40,7 @@ class NewEntries:
     """Whether every column is known to be a real token of every row."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class MemoryState:
     """Everything a model remembers, per row.
 
@@ -128,6 +128,18 @@ class MemoryState:
     def memory_size(self) -> int:
         """Entries per row and head that the kNN memory holds; 0 without one."""
         return next((store.memory_size for store in self.stores.values()), 0)
+
+    def __repr__(self) -> str:
+        # not the tensors: they are the whole memory
+        parts = [
+            f"position={shown(self.position)}",
+            f"num_pending={shown(self.num_pending)}",
+            f"num_cached={shown(self.num_cached)}",
+        ]
+        for layer, store in self.stores.items():
+            size = f"memory_size={store.memory_size}"
+            parts.append(f"layer {layer}: {size}, num_written={shown(store.num_written)}")
+        return f"MemoryState({'; '.join(parts)}; {self.position.device})"
 
     def require_current(self) -> None:
         """Refuse to be read after a newer state was committed.
@@ -361,3 +373,16 @@ class MemoryState:
             stores={layer: store.to(device) for layer, store in self.stores.items()},
             _lease=Lease(),
         )
+
+
+_SHOWN_ROWS = 8
+
+
+def shown(numbers: Int[Tensor, " batch"]) -> str:
+    """Write one number per row, of the first few rows.
+
+    Returns:
+        Such as "[3, 0]".
+    """
+    first = ", ".join(map(str, numbers[:_SHOWN_ROWS].tolist()))
+    return f"[{first}{', ...' if len(numbers) > _SHOWN_ROWS else ''}]"
