@@ -14,7 +14,6 @@ unless OMP_NUM_THREADS says more.
 """
 
 import argparse
-import json
 import platform
 import sysconfig
 import time
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.hooks import RemovableHandle
 
-from byheart.config import write_text_atomic
+from benchmarks.harness import machine_info, write_json
 from byheart.memory.dense import DenseStore
 from byheart.memory.faiss_store import FaissStore
 from byheart.memory.store import MemoryStore
@@ -194,6 +193,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=32, help="neighbours per query")
     parser.add_argument("--steps", type=int, default=300, help="training steps of the decoder")
     arguments = parser.parse_args()
+    machine = machine_info(["faiss-cpu"])
     torch.manual_seed(0)
     text = standard_library()
     read = text[-arguments.entries - NUM_QUERIES :]
@@ -215,12 +215,10 @@ def main() -> None:
         "top_k": arguments.top_k,
         "training_steps": arguments.steps,
         "text": f"Python {platform.python_version()} standard library, {len(text)} bytes",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
+        "machine": machine,
         "results": results,
     }
-    write_text_atomic(arguments.out, json.dumps(report, indent=2) + "\n")
+    write_json(arguments.out, report)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ def recall_section() -> str | None:
             f"{result['training_steps']} steps on source code, byte trigrams of the same text, and "
             "random unit vectors.",
             table(["search", *keys], rows),
-            f"`python -m benchmarks.recall --out benchmarks/results/recall.json`, text: "
-            f"{result['text']}.",
+            f"Text: {result['text']}.",
+            machine_line(result["machine"]),
         ]
     )
 
