@@ -82,7 +82,14 @@ def test_only_training_has_fragments():
         (["memory.gate_bias_init=-1"], "gate_bias_init has no effect with update='replace'"),
         (["memory.gate_noise=0"], "gate_noise has no effect with update='replace', got 0"),
         (["memory.update=gated", "memory.gate_noise=-1"], "gate_noise must be at least 0, got -1"),
-        (["training.write_cost=0.1"], "write_cost must be 0 for memory.update='replace', got 0.1"),
+        (
+            ["training.write_cost=0.1"],
+            "write_cost must be 0 for memory.update='replace' with 3 memory tokens",
+        ),
+        (
+            ["memory.update=gated", "memory.num_memory_tokens=0", "training.write_cost=0.1"],
+            "write_cost must be 0 for memory.update='gated' with 0 memory tokens, got 0.1",
+        ),
         (["training.write_cost=-1"], "training: write_cost must be at least 0"),
         (["task.num_facts=2"], "task: num_facts must be 1 for name='memorize'"),
         (["task.background=null"], "background and validation_background must be given together"),

@@ -34,6 +34,7 @@ SetOption = Annotated[
 # a few minutes on 2 CPU cores
 _QUICK = (
     "curriculum.max_segments=4",
+    "curriculum.continue_segments=4",
     "curriculum.continue_steps=200",
     "evaluation.segments=[1, 2, 4]",
     "evaluation.samples=200",

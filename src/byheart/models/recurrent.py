@@ -117,8 +117,8 @@ class Unrolled(NamedTuple):
     reader: WindowModel
     """What reads the segment behind the last."""
     write_share: Float[Tensor, ""] | None
-    """How much of its memory a complete segment has rewritten, from 0 to 1: mean over segments and
-    rows, 0 without any. `None` without a gate."""
+    """How much of its memory a complete segment has rewritten, from 0 to 1: mean over rows and over
+    the segments that a loss reaches, if it does not reach all. `None` without a gate."""
 
 
 # a sigmoid stretched by this much on both sides and cut to [0, 1] reaches both ends: Louizos et al.
@@ -337,30 +337,39 @@ def _without_requests(segments: Sequence[Segment], known: Sequence[_Read | None]
 
 
 def _fill(reads: list[_Read | None], new: Sequence[_Read], start: int) -> None:
-    """Keep the first output of each segment, and its last share, which has a gradient."""
+    """Keep the first output of each segment, and the first share that has a gradient."""
     for place, read in enumerate(new, start):
         known = reads[place]
-        if known is not None and known.output is not None:
-            read = read._replace(output=known.output)
-        reads[place] = read
+        if known is None:
+            reads[place] = read
+            continue
+        output = read.output if known.output is None else known.output
+        shares = [share for share in (known.write_share, read.write_share) if share is not None]
+        share = next((share for share in shares if share.requires_grad), known.write_share)
+        reads[place] = _Read(output, share)
 
 
 def _mean_share(reads: Sequence[_Read], segments: Sequence[Segment]) -> Tensor | None:
     """Average what was rewritten over the rows and segments that are complete.
 
+    Segments that no loss reaches do not count where others have a gradient: what writing costs
+    must not depend on how long the document was before.
+
     Returns:
         The mean; `None` without a gate.
     """
-    shares = [read.write_share for read in reads if read.write_share is not None]
-    if not shares:
-        return None
-    counts = [
-        torch.tensor(len(share), device=share.device)
-        if segment.writes_memory is None
-        else segment.writes_memory.sum()
-        for share, segment in zip(shares, segments, strict=True)
+    pairs = [
+        (read.write_share, segment)
+        for read, segment in zip(reads, segments, strict=True)
+        if read.write_share is not None
     ]
-    return torch.cat(shares).sum() / torch.stack(counts).sum().clamp(min=1)
+    reached = [pair for pair in pairs if pair[0].requires_grad]
+    total, count = [], []
+    for share, segment in reached or pairs:
+        whole = segment.writes_memory
+        total.append(share.sum())
+        count.append(share.new_full((), len(share)) if whole is None else whole.sum())
+    return torch.stack(total).sum() / torch.stack(count).sum().clamp(min=1) if total else None
 
 
 def _written(window: Window, hidden: Tensor, num_memory: int) -> Tensor:

@@ -37,7 +37,7 @@ class RecurrentMemoryConfig:
     update: Literal["replace", "gated"] = "replace"
     """How the new memory follows from the old one and what the model wrote: `replace` takes what
     was written (the report); `gated` mixes both with a learned gate per memory token, which can be
-    exactly closed: then the memory stays as it was, over any number of segments."""
+    exactly closed: then, without `noise`, the memory stays as it was, however long the text."""
     gate_bias_init: float = -2.0
     """First value of the bias of the `gated` update; below 0 it starts by keeping."""
     gate_noise: float = 1.0

@@ -1,7 +1,8 @@
 """The tasks of the Recurrent Memory Transformer report, for a small encoder from scratch.
 
 The defaults of `byheart.training.task_config` are the recipe: windows of 64 tokens, 10 memory
-tokens, documents of mixed lengths that grow from 1 to 7 segments. For a pretrained encoder:
+tokens, documents of mixed lengths that grow from 1 to 7 segments, and in `reason` to 16. For a
+pretrained encoder:
 `--set pretrained=FOLDER --set encoder=null --set window=512 --set training.learning_rate=5e-5`.
 """
 

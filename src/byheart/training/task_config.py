@@ -363,17 +363,24 @@ class TaskRunConfig:
         if self.curriculum.lessons and self.task.name != "reason":
             msg = f"curriculum.lessons must be false for the task {self.task.name!r}, got true."
             raise ValueError(msg)
-        if self.training.write_cost and self.memory.update != "gated":
-            msg = (
-                f"training.write_cost must be 0 for memory.update={self.memory.update!r}, got "
-                f"{self.training.write_cost}. Use memory.update=gated."
-            )
-            raise ValueError(msg)
+        self._check_write_cost()
         if self.segment_length < 1:
             msg = (
                 f"window must be at least {1 - self.segment_length + self.window}: "
                 f"{self.memory.num_memory_tokens} memory tokens, {_SPECIAL_TOKENS} special tokens "
                 f"and text, got {self.window}."
+            )
+            raise ValueError(msg)
+
+    def _check_write_cost(self) -> None:
+        if not self.training.write_cost:
+            return
+        memory = self.memory
+        if memory.update != "gated" or memory.num_memory_tokens == 0:
+            msg = (
+                f"training.write_cost must be 0 for memory.update={memory.update!r} with "
+                f"{memory.num_memory_tokens} memory tokens, got {self.training.write_cost}. Use "
+                "memory.update=gated and memory tokens."
             )
             raise ValueError(msg)
 

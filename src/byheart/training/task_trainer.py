@@ -84,6 +84,7 @@ class TaskTrainer(ResumableTrainer):
         self.curriculum = Curriculum(config=run.curriculum)
         """How far the run has come."""
         self._average: AveragedModel | None = None
+        self._write_shares: list[Tensor] = []
         self._identity = identity
         self._num_rows = num_rows
         self.add_callback(_LastStep(self))
@@ -139,8 +140,11 @@ class TaskTrainer(ResumableTrainer):
         loss: Tensor = out.loss
         count = torch.tensor(len(samples), device=self.args.device)
         self._meter.add(loss * count, count, batch["attention_mask"].sum())
+        if out.write_share is not None:
+            self._write_shares.append(out.write_share.detach())
         cost = self.run.training.write_cost
-        return loss + cost * out.write_share if cost and self.curriculum.saturated_at else loss
+        has_cost = cost > 0 and self.curriculum.saturated_at is not None
+        return loss + cost * out.write_share if has_cost else loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Build AdamW; biases, norms, embeddings and memory tokens do not decay.
@@ -243,7 +247,11 @@ class TaskTrainer(ResumableTrainer):
             return
         metrics = self._meter.take(self._add_up)
         metrics |= {"learning_rate": logs["learning_rate"], "gradient_norm": logs["grad_norm"]}
-        self._write("log", metrics | {"stage": self.curriculum.stage})
+        if self._write_shares:
+            metrics["write_share"] = torch.stack(self._write_shares).mean().item()
+            self._write_shares.clear()
+        lengths = {"stage": self.curriculum.stage, "longest": self.curriculum.longest}
+        self._write("log", metrics | lengths)
 
     def _start(self) -> None:
         """Stages are evaluated when their steps are due, and nothing before."""
