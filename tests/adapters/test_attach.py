@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from byheart import KnnMemoryConfig, read_tokens
 from byheart.adapters.attach import attach
+from byheart.ops import known
 
 SEGMENT, MEMORY_SIZE, ROWS = 7, 17, 3
 
@@ -292,7 +293,15 @@ def test_yarn_and_memory_have_scores_of_one_size(tiny_model, draw):
     torch.testing.assert_close(memory.log_scale.exp(), torch.full((4,), 0.5 * stretch**2))
 
 
-def test_another_attention_of_the_model_is_used_for_whole_segments(tiny_model, draw):
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize(
+    "rows",
+    [{}, {"num_tokens": torch.tensor([7, 7])}, {"attention_mask": torch.ones(2, 7)}],
+    ids=str,
+)
+def test_another_attention_of_the_model_is_used_for_whole_segments(
+    rows, is_known, tiny_model, draw, monkeypatch
+):
     # a name that makes no mask of columns, as flash and flex attention have none
     name = "sdpa_by_another_name"
     ALL_ATTENTION_FUNCTIONS.register(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
@@ -302,10 +311,13 @@ def test_another_attention_of_the_model_is_used_for_whole_segments(tiny_model, d
     expected = model(ids).logits
     memory_model = attach(model, knn=knn(), segment_length=SEGMENT)
     state = memory_model.new_state(2)
-    for _ in range(2):
-        out = memory_model(ids, state=state)
-        assert torch.equal(out.logits, expected)
-        state = state.commit(out.new_entries)
+    with monkeypatch.context() as patch:
+        if not is_known:
+            patch.setattr(known, "values_are_known", lambda _: False)
+        for _ in range(2):
+            out = memory_model(ids, state=state, **rows)
+            assert torch.equal(out.logits, expected)
+            state = state.commit(out.new_entries)
     with pytest.raises(ValueError, match="needs the attention 'sdpa' or 'eager', got 'sdpa_by"):
         read_tokens(memory_model, draw(2, 4), read_tokens(memory_model, ids[:, :3], state).state)
 

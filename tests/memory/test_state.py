@@ -59,6 +59,16 @@ def test_memory_holds_the_segment_in_order(decoder):
     assert sorted(numbers[0].tolist()) == list(range(49 - 41, 49))
 
 
+def test_entries_that_say_another_number_of_tokens_are_refused(decoder):
+    state = decoder.new_state(2)
+    new = decoder(random_tokens(2, 7), state=state).new_entries
+    for counts in ([7, 3], [7, 8], [7, -1]):
+        changed = dataclasses.replace(new, num_tokens=torch.tensor(counts))
+        with pytest.raises(MemoryStateError, match="must have between 7 and 7 tokens per row"):
+            state.commit(changed)
+    assert state.commit(new).position.tolist() == [7, 7]
+
+
 def test_a_committed_state_is_used_up(decoder):
     tokens = random_tokens(2, 7)
     old = decoder.new_state(2)

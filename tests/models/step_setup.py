@@ -56,6 +56,7 @@ def assert_same_state(found, expected):
     for layer, store in expected.stores.items():
         assert torch.equal(found.stores[layer].num_written, store.num_written)
         torch.testing.assert_close(found.stores[layer].keys, store.keys)
+        torch.testing.assert_close(found.stores[layer].values, store.values)
     # a segment without tokens may be kept where nobody knows that it has none
     used = torch.arange(SEGMENT) < expected.num_pending[:, None]
     for layer, pending in enumerate(expected.pending or ()):

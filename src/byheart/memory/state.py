@@ -17,6 +17,7 @@ from byheart.memory.unfinished import (
     move_into_cache,
     require_continues,
     require_shapes,
+    require_tokens,
 )
 from byheart.ops import known
 from byheart.ops.norms import unit_length
@@ -224,6 +225,8 @@ class MemoryState:
         Raises:
             MemoryStateError: If the entries are of another shape, were made from another state, or
                 cross the end of a segment. The state is then as it was.
+            ValueError: If they were made from a state whose rows were taken to begin a segment, and
+                this one's do not.
         """
         state, num_pending = self._continued_by(new)
         lease = self._lease.pass_on()
@@ -257,6 +260,7 @@ class MemoryState:
         require_shapes(new.layers, self.layout, self.batch_size)
         state = self.start_documents(new.document_start)
         num_pending = state.num_pending + new.num_tokens
+        require_tokens(new.num_tokens, new.layers[0].keys.shape[2], is_full=new.is_full)
         require_continues(state.position, new.position, num_pending, self.layout.segment_length)
         return state.at_segment_start() if new.starts_segment else state, num_pending
 
@@ -384,5 +388,7 @@ def shown(numbers: Int[Tensor, " batch"]) -> str:
     Returns:
         Such as "[3, 0]".
     """
+    if numbers.is_meta:
+        return f"[{len(numbers)} rows without values]"
     first = ", ".join(map(str, numbers[:_SHOWN_ROWS].tolist()))
     return f"[{first}{', ...' if len(numbers) > _SHOWN_ROWS else ''}]"

@@ -50,6 +50,29 @@ def require_shapes(layers: tuple[KeyValues, ...], layout: MemoryLayout, batch_si
         raise MemoryStateError(msg)
 
 
+def require_tokens(num_tokens: Int[Tensor, " batch"], width: int, *, is_full: bool) -> None:
+    """Refuse counts of new tokens that their columns do not have.
+
+    Args:
+        num_tokens: New tokens of each row.
+        width: Columns of the new entries.
+        is_full: Whether all columns are said to be tokens.
+
+    Raises:
+        MemoryStateError: If they differ. Where values are not known, the device checks it.
+    """
+    least = width if is_full else 0
+
+    def error() -> MemoryStateError:
+        return MemoryStateError(
+            f"New entries must have between {least} and {width} tokens per row, as many as their "
+            f"columns, got {num_tokens.tolist()}. Give commit what the pass has returned."
+        )
+
+    fits = (num_tokens >= least) & (num_tokens <= width)
+    known.require(fits, error, "new entries must have as many tokens as columns")
+
+
 def require_continues(
     position: Int[Tensor, " batch"],
     new_position: Int[Tensor, " batch"],

@@ -88,13 +88,14 @@ def generate(
         msg = f"max_new_tokens must be at least 1, got {max_new_tokens}."
         raise ValueError(msg)
     batch = input_ids.shape[0]
-    error = ValueError(
-        "Every row needs at least one prompt token to continue from. Drop the empty prompts."
+    counts = torch.tensor([input_ids.shape[1]]) if num_tokens is None else num_tokens
+    known.require(
+        counts > 0,
+        lambda: ValueError(
+            "Every row needs at least one prompt token to continue from. Drop the empty prompts."
+        ),
+        "every row needs a prompt token",
     )
-    if input_ids.shape[1] == 0:
-        raise error
-    if num_tokens is not None:
-        known.require(num_tokens > 0, lambda: error, "every row needs a prompt token")
     sampling = sampling or SamplingConfig(temperature=0.0)
     state = state if state is not None else model.new_state(batch)
     read = read_tokens(model, input_ids, state, num_tokens=num_tokens)

@@ -132,8 +132,8 @@ def _distances(
         ],
         dim=1,
     )
-    known = torch.cat(
+    holds = torch.cat(
         [cache_valid, steps < state.num_pending[:, None], torch.ones_like(new, dtype=torch.bool)],
         dim=1,
     )
-    return new[:, :, None] - places[:, None, :], known
+    return new[:, :, None] - places[:, None, :], holds
