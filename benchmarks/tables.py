@@ -314,7 +314,7 @@ def gates_section() -> str | None:
     )
 
 
-def main() -> None:
+def render() -> str:
     sections = [
         step_section(),
         attach_section(),
@@ -334,7 +334,11 @@ def main() -> None:
         *(recipe_section(task) for task in ("detect", "reason")),
     ]
     text = "\n\n".join([INTRODUCTION.strip(), *(section for section in sections if section)])
-    (HERE / "README.md").write_text(text + "\n", encoding="utf-8")
+    return text + "\n"
+
+
+def main() -> None:
+    (HERE / "README.md").write_text(render(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,17 @@ def task_section(task: str) -> str | None:
     if result is None:
         return None
     made = result["made_by"]
+    curriculum = (read(f"{task}/seed-0/config.json") or {})["curriculum"]
+    longer = curriculum.get("continue_segments")
     versions = ", ".join(f"{name} {v}" for name, v in made["versions"].items())
     return "\n\n".join(
         [
             f"## Recurrent memory: {task}",
             "An encoder of 0.9M parameters from scratch, windows of 64 tokens of which 51 are "
-            "text, 10 memory tokens, trained on documents of 1 to 7 segments; held-out facts in "
-            "held-out stories. The report's column is a pretrained BERT with segments of 499 "
-            "tokens (Bulatov et al. 2023, Figure 1).",
+            "text, 10 memory tokens, trained on documents of 1 to "
+            f"{curriculum['max_segments']} segments{f', then up to {longer}' if longer else ''}; "
+            "held-out facts in held-out stories. The report's column is a pretrained BERT with "
+            "segments of 499 tokens, trained on 1 to 7 (Bulatov et al. 2023, Figure 1).",
             (HERE / "results" / task / f"{task}.md").read_text(encoding="utf-8").strip(),
             *(f"Seed {seed}: {outcome}" for seed, outcome in enumerate(result["outcomes"])),
             f"`{made['command']}` on {made['cores']} cores of {made['processor']}; {versions}.",

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from byheart.adapters.attention_hook import (
+    PLAIN,
     VIEW,
     AttentionCall,
     AttentionResult,
     Hook,
     hook_of,
     install,
+    own_implementation,
     uninstall,
 )
 from byheart.adapters.families import attention_reach, model_kind
@@ -56,6 +58,11 @@ class AttentionLayers:
         rotations = [hook.rotation for hook in self.hooks]
         sources = [rotation.source for rotation in rotations if rotation is not None]
         return list(dict.fromkeys(sources))
+
+    @property
+    def take_masks(self) -> bool:
+        """Whether the attention of all layers takes a mask per query and key."""
+        return all(own_implementation(hook) in PLAIN for hook in self.hooks)
 
     def uninstall(self) -> None:
         """Give all layers their own attention function back, unless somebody else did."""

@@ -54,12 +54,16 @@ class MemoryContext:
             config: The memory.
             dtype: Precision of the model's hidden states.
             copies: Rows of a pass for each row of the state, side by side (beams).
-            asks: Whether to wait for a device to say what rows use of it, see `Past.of`.
+            asks: Whether to wait for a device to say what rows use of it, see `Past.of`; without
+                masks always.
 
         Returns:
             The context.
         """
         sources = layers.sources
+        # an attention that takes no mask of ours must not get columns that no row uses
+        if not layers.take_masks and not torch.compiler.is_compiling():
+            asks = True
         past = Past.of(state, sources, dtype, copies, asks=asks)
         search_angles = None
         if config.memory_position == "window":

@@ -18,7 +18,7 @@ from byheart.adapters.attach_checks import (
 )
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.attached_memory import AttachedMemory
-from byheart.adapters.attention_hook import PLAIN, VIEW, hook_of
+from byheart.adapters.attention_hook import VIEW, hook_of
 from byheart.adapters.attention_layers import AttentionLayers, prepare_attentions
 from byheart.adapters.memory_context import MemoryContext
 from byheart.adapters.memory_view import MEMORY
@@ -323,12 +323,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
             document_start = torch.zeros(rows.batch, dtype=torch.bool, device=input_ids.device)
         before = self.require_state(state, rows.batch, document_start)
         require_inside_segment(before, rows.num_tokens)
-        # an attention that takes no mask of ours must not get columns that no row uses
-        is_plain = self.model.config._attn_implementation in PLAIN
-        asks = not is_plain and not torch.compiler.is_compiling()
-        context = MemoryContext.of(
-            before, self.layers, self.memory_config, self.hidden_dtype, asks=asks
-        )
+        context = MemoryContext.of(before, self.layers, self.memory_config, self.hidden_dtype)
         view, position_ids = context.view(rows.columns, first_column=rows.first_column)
         if position_ids is not None and not self.layers.has_rotation:
             require_positions(self.model, position_ids, rows.num_tokens)
