@@ -39,7 +39,7 @@ def rmt_reason() -> TaskRunConfig:
         # the last two in a hundred come when the rate falls, not before. Two facts wear away in
         # segments that do not concern them: gates that close keep them, and learn to where it pays
         curriculum=CurriculumConfig(
-            lessons=True, advance_accuracy=0.98, continue_steps=1000, continue_segments=16
+            lessons=True, advance_accuracy=0.98, continue_steps=2000, continue_segments=16
         ),
         memory=MemoryPart(update="gated", gate_bias_init=2.0),
         training=TaskTrainingConfig(write_cost=0.1),
