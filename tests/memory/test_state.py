@@ -160,8 +160,9 @@ def test_a_pass_is_committed_once_and_a_refusal_changes_nothing(decoder):
     with pytest.raises(MemoryStateError, match=r"have read \[3, 3\] tokens, got .* \[0, 0\]"):
         state.commit(first)
     second = decoder(tokens[:, 3:6], state=state).new_entries
-    too_long = dataclasses.replace(second, num_tokens=torch.tensor([3, 5]))
-    with pytest.raises(MemoryStateError, match=r"inside a segment of 7 tokens, got .* \[6, 8\]"):
+    whole = decoder(tokens[:, :7], state=decoder.new_state(2)).new_entries
+    too_long = dataclasses.replace(whole, position=state.position)
+    with pytest.raises(MemoryStateError, match=r"inside a segment of 7 tokens, got .* \[10, 10\]"):
         state.commit(too_long)
     assert state.commit(second).position.tolist() == [6, 6]
 
