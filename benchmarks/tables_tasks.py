@@ -12,6 +12,7 @@ def task_section(task: str) -> str | None:
     made = result["made_by"]
     curriculum = (read(f"{task}/seed-0/config.json") or {})["curriculum"]
     longer = curriculum.get("continue_segments")
+    note = HERE / "results" / task / "note.md"
     versions = ", ".join(f"{name} {v}" for name, v in made["versions"].items())
     return "\n\n".join(
         [
@@ -23,6 +24,7 @@ def task_section(task: str) -> str | None:
             "segments of 499 tokens, trained on 1 to 7 (Bulatov et al. 2023, Figure 1).",
             (HERE / "results" / task / f"{task}.md").read_text(encoding="utf-8").strip(),
             *(f"Seed {seed}: {outcome}" for seed, outcome in enumerate(result["outcomes"])),
+            *([note.read_text(encoding="utf-8").strip()] if note.is_file() else []),
             f"`{made['command']}` on {made['cores']} cores of {made['processor']}; {versions}.",
         ]
     )
