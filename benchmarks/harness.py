@@ -78,6 +78,28 @@ def time_pairs(contenders: Mapping[str, Callable[[], object]], repeats: int) -> 
     return {name: Timing(values) for name, values in seconds.items()}
 
 
+def time_on_device(call: Callable[[], object], seconds: float = 0.1) -> float:
+    """Return the median seconds of a call on a CUDA device, from events around many calls.
+
+    A call is repeated for as long as given, in up to 10 groups, after two that are not timed.
+    """
+    call()
+    first = _seconds_of(call, 1)
+    times = max(1, min(1000, int(seconds / 10 / first)))
+    groups = max(3, min(10, int(seconds / (first * times))))
+    return statistics.median(_seconds_of(call, times) for _ in range(groups))
+
+
+def _seconds_of(call: Callable[[], object], times: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / times
+
+
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

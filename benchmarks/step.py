@@ -2,11 +2,18 @@
 
     python -m benchmarks.step --out benchmarks/results/step.json [--quick]
     python -m benchmarks.step --out benchmarks/results/step.json --peaks    # adds peak memory
+    python -m benchmarks.step --out benchmarks/results/step-gpu.json --device cuda \\
+        --preset 184m --vocab 32000 --rows 16 --precision bfloat16
 
-The model is the preset "20m": 6 layers, width 512, 8 heads of 64; 4 rows of 512 tokens of text, XL
-cache 512, one memory layer, top-32. A step is forward, backward, clipping, AdamW and commit, with
-the memory full of keys and values of text. The peer is memorizing-transformers-pytorch at the same
-shape; it keeps one key-value head for all query heads, and searches an approximate HNSW index.
+The model is by default the preset "20m": 6 layers, width 512, 8 heads of 64; 4 rows of 512 tokens
+of text, XL cache 512, one memory layer, top-32. A step is forward, backward, clipping, AdamW and
+commit, with the memory full of keys and values of text. The peer is memorizing-transformers-pytorch
+at the same shape; it keeps one key-value head for all query heads, and searches an approximate HNSW
+index.
+
+On a GPU memories are full of random directions, as exact search takes as long for any keys there,
+and there is no peer, which searches on the CPU. In `bfloat16` the model computes under autocast and
+its memory is kept in bfloat16.
 """
 
 import argparse
@@ -23,10 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from benchmarks.harness import machine_info, time_pairs, write_json
 from byheart.memory.state import MemoryState
-from byheart.models.config import preset
+from byheart.models.config import PRESETS, preset
 from byheart.models.decoder import Decoder
 
 ROWS, SEGMENT, VOCAB = 4, 512, 257
@@ -37,13 +45,12 @@ TOP_K = 32
 Step = Callable[[], None]
 
 
-def text_tokens() -> Tensor:
+def text_tokens(rows: int = ROWS) -> Tensor:
     """Return one long row of bytes per batch row: the standard library's source."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     data = b"".join(path.read_bytes() for path in files)
-    length = len(data) // ROWS
-    rows = [list(data[row * length : (row + 1) * length]) for row in range(ROWS)]
-    return torch.tensor(rows)
+    length = len(data) // rows
+    return torch.tensor([list(data[row * length : (row + 1) * length]) for row in range(rows)])
 
 
 class Segments:
@@ -67,37 +74,67 @@ def optimize(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Ten
     optimizer.zero_grad()
 
 
-def our_step(memory_size: int, tokens: Tensor, dtype: str) -> Step:
+def our_step(memory_size: int, tokens: Tensor, dtype: str, arguments: argparse.Namespace) -> Step:
     """Build a training step of byheart whose memory is full."""
     torch.manual_seed(0)
-    config = preset("20m", VOCAB, memory_size=memory_size, top_k=TOP_K if memory_size else None)
+    config = preset(
+        arguments.preset,
+        arguments.vocab,
+        memory_size=memory_size,
+        top_k=TOP_K if memory_size else None,
+    )
     if config.knn_memory is not None:
         config = replace(config, knn_memory=replace(config.knn_memory, dtype=dtype))
-    decoder = Decoder(config)
+    device = arguments.device
+    decoder = Decoder(config).to(device)
     # a small rate: the keys in memory stay those of nearly the same weights
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-5)
-    segments = Segments(tokens)
-    state = _filled(decoder, segments, memory_size)
+    optimizer = torch.optim.AdamW(
+        decoder.parameters(), lr=1e-5, fused=True if device.type == "cuda" else None
+    )
+    segments = Segments(tokens.to(device))
+    half = torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bfloat16")
+    with half:
+        fill = _filled if device.type == "cpu" else _filled_at_random
+        state = fill(decoder, segments, memory_size)
+    forward, commit = decoder, MemoryState.commit
+    if arguments.compiled:
+        forward = torch.compile(decoder, fullgraph=True, dynamic=False)
+        commit = torch.compile(MemoryState.commit, fullgraph=True, dynamic=False)
 
     def step() -> None:
         nonlocal state
         inputs, targets = segments()
-        out = decoder(inputs, state=state, targets=targets)
+        with half:
+            out = forward(inputs, state=state, targets=targets)
         assert out.loss is not None
         optimize(decoder, optimizer, out.loss)
-        state = state.commit(out.new_entries)
+        state = commit(state, out.new_entries)
 
     return step
 
 
 @torch.no_grad()
 def _filled(decoder: Decoder, segments: Segments, memory_size: int) -> MemoryState:
+    rows = len(segments.tokens)
     # keys and values of the memory layer do not depend on what it reads, so filling need not read
-    state, unread = decoder.new_state(ROWS), decoder.new_state(ROWS, memory_size=0)
+    state, unread = decoder.new_state(rows), decoder.new_state(rows, memory_size=0)
     for _ in range(max(1, memory_size // SEGMENT)):
         entries = decoder(segments()[0], state=unread).new_entries
         state, unread = state.commit(entries), unread.commit(entries)
     return state
+
+
+@torch.no_grad()
+def _filled_at_random(decoder: Decoder, segments: Segments, memory_size: int) -> MemoryState:
+    state = _filled(decoder, segments, 0)
+    full = {}
+    for layer, store in state.stores.items():
+        for row in store.keys:
+            row.copy_(normalize(torch.randn_like(row, dtype=torch.float32), dim=-1))
+        store.values.normal_()
+        written = torch.full_like(store.num_written, memory_size)
+        full[layer] = replace(store, cursor=replace(store.cursor, num_written=written))
+    return replace(state, stores=full)
 
 
 def peer_step(memory_size: int, tokens: Tensor, folder: str) -> Step:
@@ -133,13 +170,18 @@ def peer_step(memory_size: int, tokens: Tensor, folder: str) -> Step:
 
 
 def contenders(arguments: argparse.Namespace, folder: str) -> dict[str, Callable[[], Step]]:
-    tokens = text_tokens()
-    sizes = MEMORY_SIZES[:2] if arguments.quick else MEMORY_SIZES
+    tokens = text_tokens(arguments.rows)
+    sizes = arguments.sizes or (MEMORY_SIZES[:2] if arguments.quick else MEMORY_SIZES)
+    dtype = arguments.precision
     found: dict[str, Callable[[], Step]] = {}
     for size in sizes:
-        found[f"byheart {size}"] = lambda size=size: our_step(size, tokens, "float32")
-    if not arguments.quick:
-        found["byheart 65536 bfloat16 store"] = lambda: our_step(65_536, tokens, "bfloat16")
+        found[f"byheart {size}"] = lambda size=size: our_step(size, tokens, dtype, arguments)
+    if arguments.device.type == "cuda":
+        return found
+    if not arguments.quick and dtype == "float32":
+        found["byheart 65536 bfloat16 store"] = lambda: our_step(
+            65_536, tokens, "bfloat16", arguments
+        )
     try:
         import memorizing_transformers_pytorch  # noqa: F401
     except ImportError:
@@ -183,6 +225,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--peaks", action="store_true", help="measure memory, not time")
     parser.add_argument("--only", help="do three steps of one contender and print its peak memory")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--preset", choices=PRESETS, default="20m")
+    parser.add_argument("--vocab", type=int, default=VOCAB)
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--sizes", type=int, nargs="+", help="entries; 0 must be among them")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compiled", action="store_true", help="by torch.compile")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         builders = contenders(arguments, folder)
@@ -207,7 +256,12 @@ def main() -> None:
         else:
             print(f"{name:40} {row:7.2f}")
     if arguments.out:
-        write_json(arguments.out, {"machine": info, "rounds": rounds, "results": result})
+        shape = {
+            name: str(getattr(arguments, name))
+            for name in ("device", "preset", "vocab", "rows", "precision", "compiled")
+        }
+        content = {"machine": info, "shape": shape, "rounds": rounds, "results": result}
+        write_json(arguments.out, content)
 
 
 def add_peaks(out: Path, names: list[str], *, quick: bool) -> None:

@@ -1,0 +1,156 @@
+"""What the search on a GPU is made of: each kernel, each way to group entries, and the floor.
+
+    python -m benchmarks.kernels --out benchmarks/results/kernels.json [--quick]
+
+4 rows of 8 heads, 512 queries of 64 numbers, top-32; the largest memory has one row. The floor is
+the larger of two: the matrix product in the precision of the keys, at the rate of a large square
+product that is measured in the same run, and the bytes of the keys at the rate of a large copy.
+`product` is one call that writes all scores, as `benchmarks.search` compares with. Times are those
+of the device, from events around many calls.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from benchmarks.harness import machine_info, time_on_device, write_json
+from byheart.ops import search_plan
+from byheart.ops.gather import gather_attend
+from byheart.ops.search import top_k_inner_product
+from byheart.ops.search_plan import Plan
+
+HEADS, QUERIES, HEAD_DIM, TOP_K = 8, 512, 64, 32
+PLANS = (Plan(8, 16), Plan(16, 8), Plan(16, 16), Plan(32, 8))
+SIZES = ((4, 8192), (4, 65_536), (1, 262_144))
+TYPES = {
+    "float32": (torch.float32, torch.float32),
+    "float32 queries, bfloat16 keys": (torch.float32, torch.bfloat16),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "bfloat16 queries, float8 keys": (torch.bfloat16, torch.float8_e4m3fn),
+}
+
+
+def rates() -> dict[str, float]:
+    """Measure what the device reaches: float operations of products, bytes of a copy, a second."""
+    side = 8192
+    found: dict[str, float] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        square = torch.randn(side, side, device="cuda", dtype=dtype)
+        out = torch.empty_like(square)
+        seconds = time_on_device(lambda x=square, out=out: torch.mm(x, x, out=out))
+        found[str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    found["bytes"] = 2 * source.nbytes / time_on_device(lambda: target.copy_(source))
+    return found
+
+
+def kernel_times(call: Callable[[], object], calls: int = 5) -> dict[str, float]:
+    """Return the seconds that each kernel takes of one call."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    rows = [(event.key, event.self_device_time_total) for event in profile.key_averages()]
+    return {name: total / calls / 1e6 for name, total in rows if total > 0}
+
+
+def measure(kind: str, rows: int, entries: int, rate: dict[str, float]) -> dict[str, Any]:
+    query_dtype, key_dtype = TYPES[kind]
+    keys = normalize(torch.randn(rows, HEADS, entries, HEAD_DIM, device="cuda"), dim=-1)
+    queries = normalize(torch.randn(rows, HEADS, QUERIES, HEAD_DIM, device="cuda"), dim=-1)
+    keys, queries = keys.to(key_dtype), queries.to(query_dtype)
+    valid = torch.ones(rows, entries, dtype=torch.bool, device="cuda")
+
+    def search() -> Tensor:
+        return top_k_inner_product(queries, keys, valid, TOP_K).scores
+
+    flops = 2 * rows * HEADS * QUERIES * entries * HEAD_DIM
+    product_rate = rate["float32" if key_dtype is torch.float32 else "bfloat16"]
+    result: dict[str, Any] = {
+        "types": kind, "rows": rows, "entries": entries,
+        "floor": max(flops / product_rate, keys.nbytes / rate["bytes"]),
+    }  # fmt: skip
+    if key_dtype.itemsize > 1:
+        half = queries.to(key_dtype)
+        scores = torch.empty(rows, HEADS, QUERIES, entries, dtype=key_dtype, device="cuda")
+        result["product"] = time_on_device(
+            lambda: torch.matmul(half, keys.transpose(2, 3), out=scores)
+        )
+        result["matmul + topk"] = time_on_device(
+            lambda: torch.matmul(half, keys.transpose(2, 3), out=scores).topk(TOP_K)
+        )
+    result["search"] = time_on_device(search)
+    result["kernels"] = kernel_times(search)
+    result["plans"] = {}
+    chosen = search_plan.choose_plan
+    for plan in PLANS:
+        search_plan.choose_plan = lambda *_, plan=plan: plan
+        name = f"groups of {plan.group}, {plan.groups_per_tile} a tile"
+        result["plans"][name] = time_on_device(search)
+    search_plan.choose_plan = chosen
+    return result
+
+
+def gather(rows: int, entries: int, dtype: torch.dtype) -> dict[str, float]:
+    """Time attention over what was found, forward and backward."""
+    keys, values = torch.randn(2, rows, HEADS, entries, HEAD_DIM, device="cuda").to(dtype)
+    queries = normalize(torch.randn(rows, HEADS, QUERIES, HEAD_DIM, device="cuda"), dim=-1)
+    valid = torch.ones(rows, entries, dtype=torch.bool, device="cuda")
+    found = top_k_inner_product(queries, keys, valid, TOP_K)
+    queries.requires_grad_()
+    scale = torch.ones(HEADS, device="cuda", requires_grad=True)
+
+    def forward() -> Tensor:
+        return gather_attend(queries, scale, keys, values, found).output
+
+    def both() -> None:
+        forward().sum().backward()
+
+    gathered = rows * HEADS * QUERIES * TOP_K * HEAD_DIM * keys.element_size()
+    return {
+        "entries": entries, "dtype": str(dtype), "bytes gathered": gathered,
+        "forward": time_on_device(forward), "forward and backward": time_on_device(both),
+    }  # fmt: skip
+
+
+def report(row: dict[str, Any]) -> None:
+    print(f"\n{row['types']}, {row['rows']} x {row['entries']}: floor {1e3 * row['floor']:.3f} ms")
+    for name in ("product", "matmul + topk", "search"):
+        if name in row:
+            print(f"  {name:40} {1e3 * row[name]:9.3f} ms")
+    for part in ("kernels", "plans"):
+        for name, seconds in sorted(row[part].items(), key=lambda item: -item[1])[:7]:
+            print(f"    {name[:60]:60} {1e3 * seconds:9.3f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--quick", action="store_true", help="one size")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rate = rates()
+    print({name: f"{value / 1e12:.1f} T/s" for name, value in rate.items()})
+    results: dict[str, Any] = {"machine": machine_info(["triton"]), "rates": rate, "searches": []}
+    for rows, entries in SIZES[1:2] if arguments.quick else SIZES:
+        for kind in TYPES:
+            row = measure(kind, rows, entries, rate)
+            report(row)
+            results["searches"].append(row)
+    results["gather"] = [gather(4, 65_536, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for row in results["gather"]:
+        print(row)
+    if arguments.out is not None:
+        write_json(arguments.out, results)
+
+
+if __name__ == "__main__":
+    main()
