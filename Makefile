@@ -33,7 +33,7 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu tests/ops
+	$(BIN)/python -m pytest -m gpu tests/ops tests/adapters
 
 # the tests of what depends on either, with each pair in an environment of its own
 test-matrix:
