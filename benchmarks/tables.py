@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.table import HERE, machine_line, read, table
 from benchmarks.tables_decode import decode_section, indexes_table, read_section
+from benchmarks.tables_rmt_gpu import recurrent_gpu_section
 from benchmarks.tables_tasks import recipe_section, task_section
 
 INTRODUCTION = """# Benchmarks
@@ -330,6 +331,7 @@ def render() -> str:
         compare_section("python"),
         compare_section("arxiv-math"),
         recurrent_section(),
+        recurrent_gpu_section(),
         *(task_section(task) for task in ("memorize", "detect", "reason")),
         *(recipe_section(task) for task in ("detect", "reason")),
     ]

@@ -266,7 +266,7 @@ class RecurrentMemory(nn.Module):
 
         Args:
             documents: Their tokens, or what gives them piece by piece; of any lengths.
-            options: `rows`, `segments_per_call` and `on_tokens`.
+            options: `rows`, `segments_per_call`, `cuda_graphs` and `on_tokens`.
 
         Returns:
             Scores and state of each document, as its end is reached.

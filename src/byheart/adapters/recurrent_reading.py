@@ -1,7 +1,7 @@
 """Read many documents of any lengths side by side: a row that is done gets the next document."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from byheart.adapters.recurrent import RecurrentMemory
+from byheart.adapters.segment_graph import SegmentGraph, SegmentGraphs
 from byheart.memory.recurrent import RecurrentState
 from byheart.models.eval_mode import eval_mode
 from byheart.ops.segments import segment_bounds
@@ -58,6 +59,7 @@ def read_documents(
     *,
     rows: int = 32,
     segments_per_call: int = 8,
+    cuda_graphs: bool | None = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> Iterator[DocumentRead]:
     """Read documents with a model in evaluation mode, without a gradient.
@@ -72,15 +74,19 @@ def read_documents(
         rows: Most documents at a time.
         segments_per_call: Most segments of each that are given to the model at once; one with a
             kNN memory, and where `alignment` is `center`.
-        on_tokens: Called after every call with the number of tokens it has read.
+        cuda_graphs: Whether whole segments, up to the last of a document, are read by a CUDA graph
+            of the segment step; `None` on a GPU for families where that is known to work, once
+            enough segments are read to pay for the recording.
+        on_tokens: Called after every call with the number of tokens it has read; with a graph once
+            so many segments are on their way to the GPU.
 
     Returns:
         Each document when its end has been read, so short ones may come before earlier long ones.
 
     Raises:
-        ValueError: If a number is below 1, the model is an encoder-decoder, or, when its turn
-            comes, a document is empty, not whole numbers in a row, or gives fewer tokens than it
-            has said.
+        ValueError: If a number is below 1, the model is an encoder-decoder, `cuda_graphs` is true
+            for what cannot be a graph, or, when its turn comes, a document is empty, not whole
+            numbers in a row, or gives fewer tokens than it has said.
     """
     for name, value in (("rows", rows), ("segments_per_call", segments_per_call)):
         if value < 1:
@@ -93,7 +99,8 @@ def read_documents(
         )
         raise ValueError(msg)
     width = 1 if _one_at_a_time(memory_model) else segments_per_call
-    return _documents(memory_model, documents, rows, width, on_tokens)
+    graphs = SegmentGraphs(memory_model, cuda_graphs)
+    return _documents(memory_model, documents, rows, width, graphs, on_tokens)
 
 
 def _documents(
@@ -101,14 +108,22 @@ def _documents(
     documents: Iterable[DocumentTokens],
     rows: int,
     width: int,
+    graphs: SegmentGraphs,
     on_tokens: Callable[[int], None] | None,
 ) -> Iterator[DocumentRead]:
     waiting = (_Row.begin(memory_model, *item) for item in enumerate(documents))
     active = list(islice(waiting, rows))
     state = memory_model.new_state(len(active)) if active else None
     while state is not None:
-        count = min(width, min(row.segments_left for row in active))
         starts = [row.is_new for row in active]
+        count = min(row.whole_segments_left for row in active)
+        if graphs.are_for(len(active), count):
+            before = state.start_documents(torch.tensor(starts, device=state.memory.device))
+            memory = memory_model.first_memory(before)
+            memory = _replay(graphs.graph, memory, active, count, width, on_tokens)
+            state = _after_segments(before, memory, count)
+            continue
+        count = min(width, min(row.segments_left for row in active))
         pieces = [row.take(count) for row in active]
         ends = not all(row.segments_left for row in active)
         logits, state = _read(memory_model, pieces, state, starts=starts, ends=ends)
@@ -138,9 +153,12 @@ def _one_at_a_time(memory_model: RecurrentMemory) -> bool:
 class _Row:
     """A document, and how much of it has been read."""
 
-    def __init__(self, index: int, document: Document, bounds: list[tuple[int, int]]) -> None:
+    def __init__(
+        self, index: int, document: Document, bounds: list[tuple[int, int]], length: int
+    ) -> None:
         self.index = index
         self.document = document
+        self._length = length
         self._bounds = bounds
         self._next = 0
 
@@ -152,7 +170,7 @@ class _Row:
         if not bounds:
             msg = f"Every document must have at least one token, number {index} has none."
             raise ValueError(msg)
-        return cls(index, whole, bounds)
+        return cls(index, whole, bounds, config.segment_length)
 
     @property
     def is_new(self) -> bool:
@@ -161,6 +179,13 @@ class _Row:
     @property
     def segments_left(self) -> int:
         return len(self._bounds) - self._next
+
+    @property
+    def whole_segments_left(self) -> int:
+        """Segments of full length that come next; without the last, whose scores are wanted."""
+        start, stop = self._bounds[self._next]
+        # only the first segment of a document and its last may be short
+        return self.segments_left - 1 if stop - start == self._length else 0
 
     def take(self, count: int) -> Int[np.ndarray, " _piece"]:
         """Take the next `count` segments.
@@ -222,6 +247,50 @@ def _refill(
     return [row for row in rows if row is not None], state
 
 
+def _replay(
+    graph: SegmentGraph,
+    memory: Float[Tensor, "rows memory embed_dim"],
+    active: Sequence[_Row],
+    count: int,
+    width: int,
+    on_tokens: Callable[[int], None] | None,
+) -> Float[Tensor, "rows memory embed_dim"]:
+    """Read the next `count` segments of each row, all of full length, `width` at a time.
+
+    Returns:
+        The memory after them.
+    """
+    graph.start(memory)
+    for done in range(0, count, width):
+        pieces = [row.take(min(width, count - done)) for row in active]
+        graph.read(_on_device(_batch(pieces)[0], graph.device))
+        if on_tokens is not None:
+            on_tokens(sum(map(len, pieces)))
+    return graph.memory()
+
+
+def _after_segments(
+    before: RecurrentState, memory: Float[Tensor, "rows memory embed_dim"], count: int
+) -> RecurrentState:
+    """Count `count` segments of full length of every row, behind which nothing is pending.
+
+    Returns:
+        The state after them.
+    """
+    return replace(
+        before,
+        memory=memory,
+        num_segments=before.num_segments + count,
+        position=before.position + count * before.layout.segment_length,
+    )
+
+
+def _on_device(input_ids: Int[Tensor, "rows tokens"], device: torch.device) -> Tensor:
+    # from pageable memory the host would wait for all that the GPU has to do
+    pinned = input_ids.pin_memory() if device.type == "cuda" else input_ids
+    return pinned.to(device, non_blocking=True)
+
+
 @torch.no_grad()
 def _read(
     memory_model: RecurrentMemory,
@@ -242,7 +311,7 @@ def _read(
     is_decoder = memory_model.kind == "decoder"
     with eval_mode(memory_model):
         output = memory_model(
-            input_ids.to(device),
+            _on_device(input_ids, device),
             attention_mask=None if mask is None else mask.to(device),
             state=state,
             document_start=torch.tensor(starts, device=device),

@@ -1,0 +1,115 @@
+"""Real CUDA graphs of the segment step."""
+
+import numpy as np
+import pytest
+import torch
+
+from byheart.adapters import segment_graph
+from byheart.adapters.recurrent import RecurrentMemory
+from byheart.models.recurrent_config import RecurrentMemoryConfig
+from byheart.testing.tiny import tiny_config, tiny_decoder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = torch.device("cuda")
+LENGTHS = (3, 140, 1, 14, 7, 70, 29, 8, 21)
+NAMES = ("bert", "roberta", "electra", "distilbert", "modernbert")
+NAMES += ("gpt2", "llama", "qwen2", "qwen3", "mistral", "gpt_neox")
+MORE = ("opt", "gemma2", "gemma3", "phi3", "olmo2", "bloom", "falcon", "smollm3", "starcoder2")
+
+
+def documents_of(lengths=LENGTHS, vocab=43):
+    generator = np.random.default_rng(0)
+    return [generator.integers(3, vocab, size=length) for length in lengths]
+
+
+def memory_around(model, **changes):
+    layout = {"start_ids": (1,), "separator_ids": (2,), "end_ids": (2,)}
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        layout = {}
+    settings = {"segment_length": 7, "num_memory_tokens": 2, **layout, **changes}
+    return RecurrentMemory(model.to(DEVICE), RecurrentMemoryConfig(**settings))
+
+
+def assert_same_reads(memory_model, documents, tolerance=1e-4, **options):
+    plain = list(memory_model.read_documents(documents, cuda_graphs=False, **options))
+    read = list(memory_model.read_documents(documents, cuda_graphs=True, **options))
+    assert [found.index for found in read] == [found.index for found in plain]
+    for ours, theirs in zip(read, plain, strict=True):
+        # a decoder's mask is made while its step is recorded, so another attention kernel reads
+        torch.testing.assert_close(ours.logits, theirs.logits, rtol=tolerance, atol=tolerance)
+        for name in ("memory", "num_segments", "num_pending", "position"):
+            torch.testing.assert_close(
+                getattr(ours.state, name),
+                getattr(theirs.state, name),
+                rtol=tolerance,
+                atol=tolerance,
+            )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+def test_known_families(tiny_model, name, attention):
+    memory_model = memory_around(tiny_model(name, attn_implementation=attention))
+    assert segment_graph._is_known(memory_model)
+    assert_same_reads(memory_model, documents_of(), rows=3)
+    assert_same_reads(memory_model, documents_of((140,)), rows=1)
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_families_that_are_recorded_when_asked_to(tiny_model, name):
+    assert_same_reads(memory_around(tiny_model(name)), documents_of(), rows=3)
+
+
+def test_a_decoder_without_a_memory_of_its_own():
+    decoder = tiny_decoder(tiny_config(segment_length=11, xl_cache_length=0, memory_size=0))
+    memory_model = memory_around(decoder)
+    assert_same_reads(memory_model, documents_of(vocab=decoder.config.vocab_size), rows=3)
+
+
+@pytest.mark.parametrize("alignment", ["left", "right"])
+@pytest.mark.parametrize("update", ["replace", "gated"])
+def test_alignments_and_updates(tiny_model, alignment, update):
+    memory_model = memory_around(tiny_model("bert"), alignment=alignment, update=update)
+    assert_same_reads(memory_model.train(), documents_of(), rows=2)
+    assert memory_model.training
+
+
+def test_autocast_and_half_weights(tiny_model):
+    memory_model = memory_around(tiny_model("bert"))
+    with torch.autocast("cuda", torch.bfloat16):
+        assert_same_reads(memory_model, documents_of((140, 70)), 2e-2, rows=2)
+    halved = memory_around(tiny_model("bert").bfloat16())
+    assert_same_reads(halved, documents_of((140, 70)), 2e-2, rows=2)
+
+
+def test_graphs_are_used_by_themselves_and_change_nothing_else(tiny_model, monkeypatch):
+    made, record = [], segment_graph.capture
+    monkeypatch.setattr(
+        segment_graph, "capture", lambda *given: made.append(given) or record(*given)
+    )
+    memory_model = memory_around(tiny_model("bert"))
+    assert len(list(memory_model.read_documents(documents_of((700,))))) == 1
+    assert len(made) == 1
+    # random numbers and training go on as if nothing had been recorded
+    assert torch.rand(3, device=DEVICE).isfinite().all()
+    ids = torch.from_numpy(documents_of((21,))[0])[None].to(DEVICE)
+    memory_model(ids, labels=torch.tensor([1], device=DEVICE)).loss.backward()
+
+
+def test_replays_wait_for_nothing(tiny_model):
+    memory_model = memory_around(tiny_model("bert"))
+    graph = segment_graph.SegmentGraph(memory_model, 1)
+    memory = memory_model.first_memory(memory_model.new_state(1))
+    ids = torch.from_numpy(documents_of((70,))[0])[None]
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph.start(memory)
+        graph.read(ids.pin_memory().to(DEVICE, non_blocking=True))
+        after = graph.memory()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert after.isfinite().all()
