@@ -99,6 +99,7 @@ def test_graphs_are_used_by_themselves_and_change_nothing_else(tiny_model, monke
     memory_model(ids, labels=torch.tensor([1], device=DEVICE)).loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_replays_wait_for_nothing(tiny_model):
     memory_model = memory_around(tiny_model("bert"))
     graph = segment_graph.SegmentGraph(memory_model, 1)
