@@ -11,15 +11,12 @@ import argparse
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from benchmarks.finetune import MEMORY, MEMORY_SIZE, learn, runs
+from benchmarks.finetune import MEMORY_SIZE, learn, measure, parse, runs
 from benchmarks.harness import machine_info
-from byheart.adapters.memory_saving import load_attached
 from byheart.data.token_cache import tokenize_corpus
 from byheart.data.tokenize import load_tokenizer
-from byheart.evaluation.perplexity import evaluate_perplexity
 from byheart.memory.config import KnnMemoryConfig
 from byheart.training.config import RunConfig
 
@@ -29,17 +26,20 @@ MAX_DOCUMENTS, MAX_TOKENS = 8, 8192
 def ways(tuned: RunConfig) -> dict[str, RunConfig]:
     """Return the runs to compare, by name; the first is what the others change."""
 
+    assert tuned.pretrained is not None
+    before = tuned.pretrained
+    assert before.memory.knn is not None
+    first = before.memory.knn
+
     def change(*, factor: float | None = None, **memory: Any) -> RunConfig:
-        assert tuned.pretrained is not None
-        pretrained = replace(tuned.pretrained, memory=replace(MEMORY, **memory))
+        pretrained = replace(before, memory=replace(before.memory, **memory))
         training = tuned.training
         if factor is not None:
             training = replace(training, gate_learning_rate_factor=factor)
         return replace(tuned, pretrained=pretrained, training=training)
 
     def knn(**changes: Any) -> KnnMemoryConfig:
-        assert MEMORY.knn is not None
-        return replace(MEMORY.knn, **changes)
+        return replace(first, **changes)
 
     return {
         "tanh gate": change(),
@@ -61,18 +61,9 @@ def ways(tuned: RunConfig) -> dict[str, RunConfig]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--validation", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--tune-rate", type=float, default=5e-4)
-    parser.add_argument("--gate-factor", type=float, default=20.0)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     shape = arguments.work / "shape"
-    tokenizer = load_tokenizer(str(shape))
-    corpus = tokenize_corpus(str(arguments.validation), tokenizer)
+    corpus = tokenize_corpus(str(arguments.validation), load_tokenizer(str(shape)))
     arguments.out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {"machine": machine_info(["transformers"]), "ways": {}}
     for name, run in ways(runs(arguments, shape)["tuned"]).items():
@@ -83,10 +74,9 @@ def main() -> None:
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
         losses = [line["loss"] for line in lines if "loss" in line]
         last = losses[-len(losses) // 4 :]
-        measured = evaluate_perplexity(
-            load_attached(None, directory / "model"), corpus, memory_sizes=(0, MEMORY_SIZE),
-            rows=8, max_documents=MAX_DOCUMENTS, max_tokens_per_document=MAX_TOKENS,
-            tokenizer=tokenizer,
+        measured = measure(
+            directory, corpus, shape, memory_sizes=(0, MEMORY_SIZE),
+            max_documents=MAX_DOCUMENTS, max_tokens_per_document=MAX_TOKENS,
         )  # fmt: skip
         without, with_memory = (m.nats_per_token for m in measured.measurements)
         summary["ways"][name] = {
