@@ -1,6 +1,7 @@
 """Up to which size is a memory read whole faster than it is searched?
 
     python -m benchmarks.crossover --out benchmarks/results/crossover.json [--quick]
+    python -m benchmarks.crossover --out benchmarks/results/crossover-gpu.json --device cuda
 
 A memory of `top_k` slots is read whole (`byheart.ops.whole`): attention over all entries, no search
 and no gathered copies. A larger one is searched for its best 32. Both read the same full memory, of
@@ -23,16 +24,19 @@ ROWS, HEADS, QUERIES, HEAD_DIM, TOP_K = 4, 8, 512, 64, 32
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
-def full_store(size: int) -> DenseStore:
+def full_store(size: int, device: torch.device) -> DenseStore:
     shape = (ROWS, HEADS, size, HEAD_DIM)
-    cursor = RingCursor(memory_size=size, num_written=torch.full((ROWS,), size))
-    keys = normalize(torch.randn(shape), dim=-1)
-    return DenseStore(keys=keys, values=torch.randn(shape), cursor=cursor)
+    written = torch.full((ROWS,), size, device=device)
+    cursor = RingCursor(memory_size=size, num_written=written)
+    keys = normalize(torch.randn(shape, device=device), dim=-1)
+    return DenseStore(keys=keys, values=torch.randn(shape, device=device), cursor=cursor)
 
 
 def reader(store: DenseStore, top_k: int) -> Callable[[], None]:
-    queries = normalize(torch.randn(ROWS, HEADS, QUERIES, HEAD_DIM), dim=-1).requires_grad_()
-    scale = torch.full((HEADS,), 10.0, requires_grad=True)
+    device = store.keys.device
+    queries = normalize(torch.randn(ROWS, HEADS, QUERIES, HEAD_DIM, device=device), dim=-1)
+    queries.requires_grad_()
+    scale = torch.full((HEADS,), 10.0, requires_grad=True, device=device)
 
     def run() -> None:
         queries.grad = scale.grad = None
@@ -47,12 +51,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--quick", action="store_true", help="three sizes, few rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     info, results = machine_info(), []
     for size in (128, 512, 2048) if arguments.quick else SIZES:
-        store = full_store(size)
+        store = full_store(size, arguments.device)
         contenders = {"whole": reader(store, size), "searched": reader(store, TOP_K)}
         timings = time_pairs(contenders, 3 if arguments.quick else 7)
         seconds = {name: timing.median for name, timing in timings.items()}
@@ -61,7 +66,11 @@ def main() -> None:
         print(f"{size:6} entries: whole {seconds['whole']:.4f} s, x{ratio:.2f} of top-{TOP_K}")
     if arguments.out is not None:
         shape = {"rows": ROWS, "heads": HEADS, "queries": QUERIES, "head_dim": HEAD_DIM}
-        content = {"machine": info, "shape": {**shape, "top_k": TOP_K}, "results": results}
+        content = {
+            "machine": info,
+            "shape": {**shape, "top_k": TOP_K, "device": str(arguments.device)},
+            "results": results,
+        }
         write_json(arguments.out, content)
 
 

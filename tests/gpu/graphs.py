@@ -41,15 +41,18 @@ def train(graphs):
     decoder, state = make()
     forward, commit = graphed(decoder) if graphs else (decoder, MemoryState.commit)
     tokens = torch.randint(VOCAB, (ROWS, STEPS * SEGMENT + 1)).cuda()
-    losses = []
+    results = []
     for start in range(0, STEPS * SEGMENT, SEGMENT):
         piece = tokens[:, start : start + SEGMENT + 1]
         torch.compiler.cudagraph_mark_step_begin()
         out = forward(piece[:, :-1], state=state, targets=piece[:, 1:])
         out.loss.backward()
-        losses.append(out.loss.detach().clone())
+        # the next step overwrites what a graph has returned, gradients included
+        results.append(out.loss.detach().clone())
+        results += [weight.grad.clone() for weight in decoder.parameters()]
+        decoder.zero_grad()
         state = commit(state, out.new_entries)
-    return [torch.stack(losses), *(weight.grad.clone() for weight in decoder.parameters())]
+    return results
 
 
 @torch.no_grad()

@@ -1,7 +1,9 @@
 """Whole steps on a GPU: the same as on the CPU, without waiting, and from CUDA graphs."""
 
+import contextlib
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,18 @@ def make_decoder(combine="gate", memory_size=4096, device="cuda"):
     knn = KnnMemoryConfig(layers=(1,), memory_size=memory_size, top_k=8, combine=combine)
     config = preset("tiny", VOCAB, segment_length=SEGMENT, xl_cache_length=SEGMENT, knn_memory=knn)
     return Decoder(config).to(device)
+
+
+@contextlib.contextmanager
+def never_waits():
+    """Refuse operations that wait for the device."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def batches(count, device="cuda"):
@@ -66,14 +80,11 @@ def test_a_training_step_does_not_wait(combine):
     decoder = make_decoder(combine)
     train(decoder, 2)
     state, segments = decoder.new_state(ROWS), list(batches(4))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waits():
         for inputs, targets in segments:
             out = decoder(inputs, state=state, targets=targets)
             out.loss.backward()
             state = state.commit(out.new_entries)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("kind", ["train", "decode"])
@@ -90,12 +101,9 @@ def test_decoding_does_not_wait():
     read = read_tokens(decoder, prompt, decoder.new_state(ROWS))
     for _ in range(2):
         read = read_tokens(decoder, prompt[:, :1], read.state)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waits():
         for _ in range(SEGMENT + 1):
             read = read_tokens(decoder, read.last_logits.argmax(-1, keepdim=True), read.state)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_generating_equals_that_on_the_cpu():
@@ -109,20 +117,23 @@ def test_generating_equals_that_on_the_cpu():
 
 @torch.no_grad()
 def test_a_memory_attached_to_llama_reads_the_same_on_a_gpu():
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        )
-    ).eval()  # fmt: skip
-    knn = KnnMemoryConfig(layers=(1,), memory_size=256, top_k=8)
-    memory_model = attach(
-        model, knn=knn, segment_length=SEGMENT, xl_cache_length=SEGMENT, gate_init=0.5
-    )
     losses = []
     for device in ("cpu", "cuda"):
-        memory_model.to(device)
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+            )
+        ).eval()  # fmt: skip
+        memory_model = attach(
+            model.to(device),
+            knn=KnnMemoryConfig(layers=(1,), memory_size=256, top_k=8),
+            segment_length=SEGMENT,
+            xl_cache_length=SEGMENT,
+            gate_init=0.5,
+            normalize_qk=True,
+        )
         state, found = memory_model.new_state(ROWS), []
         for inputs, targets in batches(6, device):
             out = memory_model(inputs, state=state, targets=targets)
@@ -143,6 +154,7 @@ def test_recurrent_memory_learns_the_same_on_a_gpu(replay):
         )
     )  # fmt: skip
     config = RecurrentMemoryConfig(segment_length=SEGMENT, num_memory_tokens=4, replay=replay)
+    assert RecurrentMemory(model.cuda(), config).memory.memory.is_cuda
     memory_model = RecurrentMemory(model, config)
     ids, labels = torch.randint(VOCAB, (ROWS, 5 * SEGMENT - 3)), torch.arange(ROWS)
     losses, gradients = [], []

@@ -228,9 +228,10 @@ def test_groups_of_a_memory_of_any_size_can_be_grouped_evenly(entries):
     tiles = search_triton._num_tiles(entries, plan)
     assert entries <= tiles * plan.tile < 1.1 * entries + plan.tile
     width = tiles * plan.groups_per_tile
-    while width > search_triton._SELECTED_WIDTH:
-        assert width % search_triton._COARSE_GROUP == 0
+    while width > search_triton._SELECTED_WIDTH and width % search_triton._COARSE_GROUP == 0:
         width //= search_triton._COARSE_GROUP
+    # what no program could hold in registers would fail
+    assert width <= 8192
 
 
 # 40 groups: one query, 4 of the 6 of a key-value head, those of two heads share the memory
@@ -322,6 +323,30 @@ def test_selection_equals_topk(width, top_k):
     picked = values.gather(1, columns.long()).sort(descending=True).values
     assert torch.equal(picked, values.topk(top_k).values)
     assert (columns.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("width", [64, 528, 1024])
+def test_selection_from_groups_of_values_equals_topk(width, top_k, monkeypatch):
+    monkeypatch.setattr(search_triton, "_SELECTED_WIDTH", 32)
+    values = torch.randn(9, width, device=DEVICE)
+    values[1] = 3.0
+    values[2] = EXCLUDED
+    values[3] = float("-inf")
+    values[4, 7::31] = float("inf")
+    values[5] = torch.where(values[5] > 0, 0.0, -0.0)
+    columns = select_largest(values, top_k).long()
+    picked = values.gather(1, columns).sort(descending=True).values
+    assert torch.equal(picked, values.topk(top_k).values)
+    assert all(len(set(row)) == top_k for row in columns.tolist())
+
+
+def test_a_selection_finds_nan_in_any_group(monkeypatch):
+    monkeypatch.setattr(search_triton, "_SELECTED_WIDTH", 32)
+    values = torch.randn(3, 256, device=DEVICE)
+    values[0, 201] = float("nan")
+    columns = select_largest(values, 2)
+    assert 201 in columns[0].tolist()
 
 
 def test_groups_are_larger_in_larger_memories():

@@ -243,4 +243,5 @@ def _is_known(memory_model: RecurrentMemory) -> bool:
     config = memory_model.config
     attention = getattr(config, "_attn_implementation", None)
     family = getattr(config, "model_type", None)
-    return family in _FAMILIES and attention in {"sdpa", "eager"}
+    # eager attention copies a number from main memory when it makes its mask
+    return family in _FAMILIES and attention == "sdpa"

@@ -147,7 +147,8 @@ class RecurrentCore(nn.Module):
         super().__init__()
         self.config = config
         # independent vectors: memory tokens that start equal would stay equal
-        self.memory = nn.Parameter(torch.randn(config.num_memory_tokens, embed_dim) * std.mean())
+        first = torch.randn(config.num_memory_tokens, embed_dim)
+        self.memory = nn.Parameter(first * std.mean().to(first.device))
         self.norm: nn.LayerNorm | None = None
         if config.normalize_memory:
             self.norm = nn.LayerNorm(embed_dim)

@@ -16,6 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 __all__ = [
     "OutOfResources",
+    "coarse_maxima",
     "group_maxima",
     "order_chosen",
     "score_members",
@@ -32,11 +33,21 @@ _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 @no_type_check
-def _ordered_words(scores):
-    """Map float32 numbers to unsigned integers of the same order, so that NaN has a place, too."""
+def _ordered_integers(scores):
+    """Map float32 numbers to integers of the same order, so that NaN has a place, too.
+
+    Done twice, it gives the bits of the numbers back.
+    """
     bits = scores.to(tl.int32, bitcast=True)
-    flipped = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return flipped.to(tl.uint32, bitcast=True) ^ tl.full([], 0x80000000, tl.uint32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+@no_type_check
+def _ordered_words(scores):
+    """Map float32 numbers to unsigned integers of the same order."""
+    words = _ordered_integers(scores).to(tl.uint32, bitcast=True)
+    return words ^ tl.full([], 0x80000000, tl.uint32)
 
 
 @triton.jit
@@ -166,38 +177,67 @@ def group_maxima(
 
 @triton.jit
 @no_type_check
+def coarse_maxima(values_ptr, maxima_ptr, num_maxima, COARSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Keep the largest of every `COARSE` values that follow each other, NaN in its place."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = first * COARSE + tl.arange(0, BLOCK * COARSE)
+    values = tl.load(values_ptr + at, mask=at < num_maxima.to(tl.int64) * COARSE, other=0.0)
+    # integers of the same order, for which a maximum knows no NaN
+    words = _ordered_integers(values)
+    largest = tl.max(tl.reshape(words, [BLOCK, COARSE]), axis=1)
+    places = first + tl.arange(0, BLOCK)
+    found = _ordered_integers(largest.to(tl.float32, bitcast=True)).to(tl.float32, bitcast=True)
+    tl.store(maxima_ptr + places, found, mask=places < num_maxima)
+
+
+@triton.jit
+@no_type_check
 def select_largest(
     values_ptr,
+    within_ptr,
     columns_ptr,
     num_rows,
     width,
+    value_width,
     TOP_K: tl.constexpr,
     WIDTH_PAD: tl.constexpr,
     ROWS: tl.constexpr,
+    COARSE: tl.constexpr,
 ):
-    """List the columns of the `TOP_K` largest values of each row, in the order of the columns.
+    """List the columns of the `TOP_K` largest values of each row, in the order they are read in.
 
-    The `TOP_K`-th largest value is found bit by bit: no sort, and no branch on the values.
+    With `COARSE` above 1 only what lies within the groups of so many columns is read that each row
+    names in `within_ptr`; `width` counts these columns, `value_width` all that a row has.
+
+    A threshold that `TOP_K` values reach is found bit by bit, without a sort. A row is held by few
+    warps, so that counting needs few exchanges, or none that all have to wait for.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, WIDTH_PAD)[None, :]
-    inside = (rows < num_rows) & (columns < width)
-    values = tl.load(values_ptr + rows * width + columns, mask=inside, other=0.0)
+    places = tl.arange(0, WIDTH_PAD)[None, :]
+    inside = (rows < num_rows) & (places < width)
+    columns = places + tl.zeros([ROWS, WIDTH_PAD], tl.int32)
+    if COARSE > 1:
+        groups_ptr = within_ptr + rows * (width // COARSE) + places // COARSE
+        columns = tl.load(groups_ptr, mask=inside, other=0) * COARSE + places % COARSE
+    values = tl.load(values_ptr + rows * value_width + columns, mask=inside, other=0.0)
     words = tl.where(inside, _ordered_words(values), tl.full([], 0, tl.uint32))
     threshold = tl.zeros([ROWS], tl.uint32)
+    # how many reach the threshold; once it is `TOP_K` in all rows, more bits change nothing
+    reached = tl.zeros([ROWS], tl.int32) + WIDTH_PAD
     bit = tl.full([], 0x80000000, tl.uint32)
     one = tl.full([], 1, tl.uint32)
-    for _ in range(32):
+    while (bit > 0) & (tl.max(reached, axis=0) > TOP_K):
         raised = threshold | bit
         count = tl.sum((words >= raised[:, None]).to(tl.int32), axis=1)
         threshold = tl.where(count >= TOP_K, raised, threshold)
+        reached = tl.where(count >= TOP_K, count, reached)
         bit = bit >> one
     above = words > threshold[:, None]
     level = (words == threshold[:, None]) & inside
     num_missing = TOP_K - tl.sum(above.to(tl.int32), axis=1)
     is_chosen = above | (level & (tl.cumsum(level.to(tl.int32), axis=1) <= num_missing[:, None]))
     place = tl.cumsum(is_chosen.to(tl.int32), axis=1) - 1
-    tl.store(columns_ptr + rows * TOP_K + place, columns + tl.zeros_like(place), mask=is_chosen)
+    tl.store(columns_ptr + rows * TOP_K + place, columns, mask=is_chosen)
 
 
 @triton.jit(do_not_specialize=["first_problem"])

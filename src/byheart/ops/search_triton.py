@@ -24,8 +24,8 @@ from byheart.ops.triton_door import (
     without_eight_bits,
 )
 
-# below this width selections load a row at once; wider rows are reduced by groups of groups first
-_SELECTED_WIDTH = 8192
+# up to this width a warp selects from a row at once; of wider rows the best groups are found first
+_SELECTED_WIDTH = 1024
 _COARSE_GROUP = 16
 
 # a program of the first pass loads its queries once; 32 tiles of keys outweigh that by far, fewer
@@ -54,8 +54,12 @@ def _num_tiles(num_entries: int, plan: Plan) -> int:
     Returns:
         Tiles of each row and head.
     """
+    # a level of coarse groups costs few empty tiles; the last is left out where it would cost many
     num_tiles, multiple = -(-num_entries // plan.tile), 1
-    while num_tiles * plan.groups_per_tile > _SELECTED_WIDTH * multiple:
+    while (
+        num_tiles * plan.groups_per_tile > _SELECTED_WIDTH * multiple
+        and num_tiles >= 16 * multiple * _COARSE_GROUP
+    ):
         multiple *= _COARSE_GROUP
     return -(-num_tiles // multiple) * multiple
 
@@ -136,19 +140,42 @@ def select_largest(values_RN: Float[Tensor, "row column"], top_k: int) -> Int[Te
         Columns, int32, each once.
     """
     num_rows, width = values_RN.shape
-    if width > max(_SELECTED_WIDTH, 2 * _COARSE_GROUP * top_k) and width % _COARSE_GROUP == 0:
-        num_coarse = width // _COARSE_GROUP
-        coarse_RC = values_RN.view(num_rows, _COARSE_GROUP, num_coarse).amax(1)
-        best_RK = select_largest(coarse_RC, min(top_k, num_coarse))
-        offsets = torch.arange(0, width, num_coarse, dtype=torch.int32, device=best_RK.device)
-        members_RM = (best_RK[:, :, None] + offsets).flatten(1).long()
-        picked = select_largest(values_RN.gather(1, members_RM), top_k)
-        return members_RM.gather(1, picked.long()).int()
+    if width <= max(_SELECTED_WIDTH, 2 * _COARSE_GROUP * top_k) or width % _COARSE_GROUP:
+        return _select(values_RN, top_k)
+    num_coarse = width // _COARSE_GROUP
+    coarse_RC = torch.empty(num_rows, num_coarse, dtype=torch.float32, device=values_RN.device)
+    block = 128
+    import_kernels("search_kernels").coarse_maxima[(-(-coarse_RC.numel() // block),)](
+        values_RN, coarse_RC, coarse_RC.numel(), _COARSE_GROUP, block, num_warps=4
+    )
+    return _select(values_RN, top_k, within=select_largest(coarse_RC, min(top_k, num_coarse)))
+
+
+def _select(values_RN: Tensor, top_k: int, within: Tensor | None = None) -> Tensor:
+    """Select at once, from whole rows or `within` the coarse groups that each row names.
+
+    Returns:
+        Columns, as `select_largest` does.
+    """
+    num_rows, value_width = values_RN.shape
+    width, coarse = value_width, 1
+    if within is not None:
+        width, coarse = within.shape[1] * _COARSE_GROUP, _COARSE_GROUP
     columns_RK = torch.empty(num_rows, top_k, dtype=torch.int32, device=values_RN.device)
     width_pad = power_of_two(width, 16)
-    rows = max(1, 2048 // width_pad)
+    rows = max(1, 256 // width_pad)
     import_kernels("search_kernels").select_largest[(-(-num_rows // rows),)](
-        values_RN, columns_RK, num_rows, width, top_k, width_pad, rows, num_warps=4
+        values_RN,
+        columns_RK if within is None else within,
+        columns_RK,
+        num_rows,
+        width,
+        value_width,
+        TOP_K=top_k,
+        WIDTH_PAD=width_pad,
+        ROWS=rows,
+        COARSE=coarse,
+        num_warps=min(8, max(1, width_pad // _SELECTED_WIDTH)),
     )
     return columns_RK
 

@@ -41,7 +41,7 @@ def _compiles_for(index: int) -> bool:
         with torch.cuda.device(device):
             values = torch.zeros(1, 1, device=device)
             columns = torch.empty(1, 1, dtype=torch.int32, device=device)
-            kernels.select_largest[(1,)](values, columns, 1, 1, 1, 16, 1)
+            kernels.select_largest[(1,)](values, columns, columns, 1, 1, 1, 1, 16, 1, 1)
     # a compiler or driver that does not fit fails in many ways, which all mean the same
     except Exception as error:
         message = (
