@@ -23,3 +23,11 @@ def machine_line(machine: dict[str, Any]) -> str:
         f"`{machine['command']}` on {machine['cores']} cores of {machine['processor']} "
         f"({machine['cpu_capability']}), {machine['date']}; {versions}."
     )
+
+
+def gpu_line(machine: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items() if v)
+    return (
+        f"`{machine['command']}` on one {machine['gpu']} and {machine['cores']} cores of "
+        f"{machine['processor']}, {machine['date']}; {versions}."
+    )

@@ -5,10 +5,11 @@ python -m benchmarks.tables
 
 from typing import Any
 
-from benchmarks.table import HERE, machine_line, read, table
+from benchmarks.table import HERE, gpu_line, machine_line, read, table
 from benchmarks.tables_decode import decode_section, indexes_table, read_section
+from benchmarks.tables_gpu import crossover_gpu_section, kernels_section, step_gpu_section
 from benchmarks.tables_rmt_gpu import recurrent_gpu_section
-from benchmarks.tables_tasks import recipe_section, task_section
+from benchmarks.tables_tasks import pretrained_section, recipe_section, task_section
 
 INTRODUCTION = """# Benchmarks
 
@@ -277,20 +278,25 @@ def finetune_section() -> str | None:
     ]
     millions = result["runs"]["none"]["training"]["num_parameters"] / 1e6
     segment = result["runs"]["none"]["evaluation"]["segment_length"]
+    command = result["machine"]["command"]
+    shape = "Qwen3" if "--qk-norm" in command else "Llama"
+    none = (read("finetune/none.config.json") or {})["pretrained"]["memory"]
     closed = result["closed"]
     return "\n\n".join(
         [
             "## A memory attached to a model pretrained without one",
-            f"{millions:.0f}M parameters of Llama's shape, Python source, segments of {segment} "
-            "tokens (`benchmarks.finetune`). Nats per token of the validation documents, of all "
-            "their tokens and of the first 512. **After 4 % of the steps the attached memory has "
+            f"{millions:.1f}M parameters of the shape of {shape}, Python source, segments of "
+            f"{segment} tokens, XL cache of {none['xl_cache_length']} (`benchmarks.finetune`). "
+            "Nats per token of the first 16,384 of each validation document, and of its first 512. "
+            "**After 4 % of the steps the attached memory has "
             f"closed {closed['share_of_the_gap_closed']:.0%} of the gap** between the models "
             "without memory and with one from the start (the paper: 85 % for a 1B model with a "
             "memory of 65K). Of what is left of the gap after as many more steps without a "
             f"memory, it is {closed['share_of_the_gap_closed_beyond_further']:.0%}. The other "
             "rates stand beside the result; none was chosen by it.",
             table(["model", "steps", "memory size", "nats per token", "first 512"], rows),
-            machine_line(result["machine"]),
+            "Each run was made by this command with `--runs` and its name, several side by side.",
+            gpu_line(result["machine"]) if result["machine"]["gpu"] else "",
         ]
     )
 
@@ -327,6 +333,7 @@ def gates_section() -> str | None:
 def render() -> str:
     sections = [
         step_section(),
+        step_gpu_section(),
         attach_section(),
         finetune_section(),
         gates_section(),
@@ -335,13 +342,16 @@ def render() -> str:
         decode_section("decode-184m.json"),
         read_section(),
         search_section(),
+        kernels_section(),
         crossover_section(),
+        crossover_gpu_section(),
         recall_section(),
         compare_section("python"),
         compare_section("arxiv-math"),
         recurrent_section(),
         recurrent_gpu_section(),
         *(task_section(task) for task in ("memorize", "detect", "reason")),
+        pretrained_section(),
         *(recipe_section(task) for task in ("detect", "reason")),
     ]
     text = "\n\n".join([INTRODUCTION.strip(), *(section for section in sections if section)])

@@ -30,6 +30,31 @@ def task_section(task: str) -> str | None:
     )
 
 
+def pretrained_section() -> str | None:
+    result = read("memorize-minilm/seed-0/result.json")
+    if result is None:
+        return None
+    note = HERE / "results" / "memorize-minilm" / "note.md"
+    rows = [
+        [
+            f"{row['num_segments']:,}",
+            f"{row['num_tokens'] // row['num_samples']:,}",
+            f"{row['accuracy']:.2%}",
+            f"{row['interval'][0]:.1%} to {row['interval'][1]:.1%}",
+            f"{row['tokens_per_second']:,.0f}",
+        ]
+        for row in result["evaluation"]["measurements"]
+    ]
+    return "\n\n".join(
+        [
+            "## Recurrent memory on a pretrained encoder: memorize",
+            note.read_text(encoding="utf-8").strip(),
+            table(["segments", "tokens", "accuracy", "95 % interval", "tokens per second"], rows),
+            result["summary"],
+        ]
+    )
+
+
 def recipe_section(task: str) -> str | None:
     result = read(f"recipe-{task}.json")
     if result is None:

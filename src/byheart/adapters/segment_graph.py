@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -44,7 +45,8 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
         device: The GPU.
 
     Returns:
-        Does all of it again, with what is in those tensors then, by one launch.
+        Does all of it again, with what is in those tensors then, by one launch. It keeps the
+        function, and so the tensors.
     """
     with torch.cuda.device(device):
         current = torch.cuda.current_stream()
@@ -60,7 +62,22 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
             # what other threads do meanwhile, such as loading data, is none of its business
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 step()
-    return graph.replay
+    return Recording(graph, step)
+
+
+class Recording(NamedTuple):
+    """A CUDA graph, and the function that it was recorded from.
+
+    The graph reads and writes the tensors that the function refers to, wherever they were: none may
+    be freed before it.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    step: Callable[[], None]
+
+    def __call__(self) -> None:
+        """Do again what was recorded."""
+        self.graph.replay()
 
 
 class SegmentGraph:

@@ -52,10 +52,9 @@ def default_plan(num_entries: int, top_k: int, key_bytes: int) -> Plan | None:
     """Weigh the maxima of all groups against the members of the chosen ones.
 
     A query writes and reads `num_entries / group` maxima of 4 bytes, about 3 times, and reads
-    `top_k * group` keys: both cost the same at the root below. Groups of 32 are the largest whose
-    tile, with 8 groups, still fits.
-
-    The constants come from counting bytes, not from measurements on a GPU.
+    `top_k * group` keys: both cost the same at the root below. Tiles of more than 32 KB (groups of
+    32 of wider keys) were 3 times slower on an H200; beside that groups of 8 to 32 differed by a
+    tenth there (`benchmarks.kernels --plans`).
 
     Args:
         num_entries: Slots of the memory.
@@ -68,7 +67,7 @@ def default_plan(num_entries: int, top_k: int, key_bytes: int) -> Plan | None:
     """
     ideal = math.sqrt(12 * num_entries / (key_bytes * top_k))
     # wider keys fill the shared memory of a multiprocessor sooner
-    tile, largest = (128, 5) if key_bytes <= 256 else (64, 3)
+    tile, largest = (128, 5 if key_bytes <= 128 else 4) if key_bytes <= 256 else (64, 3)
     group = 2 ** min(largest, max(3, round(math.log2(ideal))))
     if num_entries < 4 * group * top_k or group * top_k > _MAX_MEMBERS:
         return None

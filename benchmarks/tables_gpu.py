@@ -1,0 +1,118 @@
+"""Sections of benchmarks/README.md about what ran on a GPU, recurrent memory apart."""
+
+from typing import Any
+
+from benchmarks.table import gpu_line, read, table
+
+
+def step_gpu_section() -> str | None:
+    result = read("step-gpu.json")
+    if result is None:
+        return None
+    rows = [
+        [
+            f"{int(name.split()[1]):,}",
+            f"{1e3 * row['seconds_per_step']:.1f}",
+            f"{row['ratio_to_step_without_memory']:.2f}",
+            f"{1e3 * row['seconds_added_by_memory']:.1f}",
+        ]
+        for name, row in result["results"].items()
+    ]
+    shape = result["shape"]
+    return "\n\n".join(
+        [
+            "## What a kNN memory adds to a training step on a GPU",
+            f'The paper\'s size: preset "{shape["preset"]}", 12 layers, width 1024, 8 heads of '
+            f"128, vocabulary {int(shape['vocab']):,}; {shape['rows']} rows of 512 tokens, XL "
+            "cache 512, one memory layer, exact top-32, memory full and in bfloat16; autocast to "
+            "bfloat16, not compiled. The paper, with approximate search of a recall of 0.9 on a "
+            "TPU: x 1.25 at 8K and x 3.0 at 65K.",
+            table(["entries", "ms per step (median)", "x no memory", "added by memory (ms)"], rows),
+            gpu_line(result["machine"]),
+        ]
+    )
+
+
+def kernels_section() -> str | None:
+    result = read("kernels.json")
+    if result is None:
+        return None
+    rates = result["rates"]
+    return "\n\n".join(
+        [
+            "## Exact search on a GPU",
+            "Milliseconds for 4 rows of 8 heads, 512 queries of 64 numbers, top-32; of 262,144 "
+            "entries and more for 1 row. The product is one call that writes all scores, and "
+            "`matmul + topk` that call and what follows; both with queries in the precision of "
+            "the keys. The floor is the arithmetic or the bytes of the keys, at the rates of a "
+            f"large product ({rates['bfloat16'] / 1e12:.0f} TFLOP/s in bfloat16, "
+            f"{rates['float32'] / 1e12:.0f} in float32 without TF32) and of a large copy "
+            f"({rates['bytes'] / 1e12:.1f} TB/s), measured in the same run. The scores of one "
+            "head were checked against a float64 product. The search is below the product where "
+            "writing the scores costs more than finding their maxima, and above it where little "
+            "is multiplied. At 1,048,576 entries in float32 its tiles were too large, which has "
+            "been changed after this run.",
+            _searches(result),
+            "What the time is made of, by kernel (what is missing to the whole is the time in "
+            "which the GPU waits for launches):",
+            _kernels(result),
+            gpu_line(result["machine"]),
+        ]
+    )
+
+
+def _searches(result: dict[str, Any]) -> str:
+    rows = []
+    for search in result["searches"]:
+        product, naive = search.get("product"), search.get("matmul + topk")
+        rows.append(
+            [
+                f"{search['types']}, {search['entries']:,}",
+                *(
+                    f"{1e3 * search[name]:.3f}" if name in search else "-"
+                    for name in ("floor", "product", "matmul + topk", "search")
+                ),
+                f"{search['search'] / product:.2f}" if product else "-",
+                f"{naive / search['search']:.1f}" if naive else "-",
+            ]
+        )
+    header = ["keys, entries", "floor", "product", "matmul + topk", "byheart", "x product"]
+    return table([*header, "times faster than matmul + topk"], rows)
+
+
+def _kernels(result: dict[str, Any]) -> str:
+    names = ("group_maxima", "coarse_maxima", "select_largest", "score_members", "order_chosen")
+    rows = [
+        [
+            f"{search['types']}, {search['entries']:,}",
+            *(f"{1e3 * search['kernels'].get(name, 0.0):.3f}" for name in names),
+            f"{1e3 * search['search']:.3f}",
+        ]
+        for search in result["searches"]
+    ]
+    return table(["keys, entries", *names, "whole"], rows)
+
+
+def crossover_gpu_section() -> str | None:
+    result = read("crossover-gpu.json")
+    if result is None:
+        return None
+    rows = [
+        [
+            f"{row['entries']:,}",
+            *(f"{row['seconds'][name] * 1e3:.2f}" for name in ("whole", "searched")),
+            f"{row['seconds']['whole'] / row['seconds']['searched']:.2f}",
+        ]
+        for row in result["results"]
+    ]
+    shape = result["shape"]
+    return "\n\n".join(
+        [
+            "## Reading a memory whole, or searching it, on a GPU",
+            f"Milliseconds forward and backward of {shape['rows']} rows, {shape['heads']} heads, "
+            f"{shape['queries']} queries of {shape['head_dim']} numbers, float32. Up to 1,024 "
+            "entries both wait for launches.",
+            table(["entries", "whole", f"top-{shape['top_k']}", "ratio"], rows),
+            gpu_line(result["machine"]),
+        ]
+    )
