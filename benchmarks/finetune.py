@@ -32,7 +32,7 @@ from transformers import PretrainedConfig as ModelShape
 from benchmarks.harness import machine_info, write_json
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.memory_saving import load_attached
-from byheart.config import save_config
+from byheart.config import load_config, save_config
 from byheart.data.corpus import TokenizedCorpus
 from byheart.data.documents import iter_documents
 from byheart.data.token_cache import tokenize_corpus
@@ -169,6 +169,9 @@ def make(run: RunConfig, arguments: argparse.Namespace, shape: Path) -> None:
     """Make one run and measure it."""
     directory, out = arguments.work / run.name, arguments.out / f"{run.name}.json"
     if out.is_file():
+        if load_config(RunConfig, arguments.out / f"{run.name}.config.json") != run:
+            msg = f"{out} is of other settings. Name another --out and --work."
+            raise SystemExit(msg)
         return
     learn(run, directory)
     corpus = tokenize_corpus(str(arguments.validation), load_tokenizer(str(shape)))
@@ -209,9 +212,7 @@ def closed(found: dict[str, Any], tuned: str) -> dict[str, float]:
 
 def summarize(out: Path) -> None:
     found = {name: json.loads((out / f"{name}.json").read_text()) for name in RUNS}
-    summary: dict[str, Any] = {"machine": found["none"].pop("machine"), "runs": found}
-    for name in RUNS[1:]:
-        found[name].pop("machine")
+    summary: dict[str, Any] = {"machine": found["none"]["machine"], "runs": found}
     summary["closed"] = closed(found, "tuned")
     summary["variations"] = {name: closed(found, name) for name in VARIATIONS}
     write_json(out / "summary.json", summary)

@@ -90,6 +90,13 @@ def time_on_device(call: Callable[[], object], seconds: float = 0.1) -> float:
     return statistics.median(_seconds_of(call, times) for _ in range(groups))
 
 
+def copy_rate() -> float:
+    """Return the bytes that a large copy on the GPU reads and writes in a second."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / time_on_device(lambda: target.copy_(source))
+
+
 def _seconds_of(call: Callable[[], object], times: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

@@ -11,9 +11,8 @@ commit, with the memory full of keys and values of text. The peer is memorizing-
 at the same shape; it keeps one key-value head for all query heads, and searches an approximate HNSW
 index.
 
-On a GPU memories are full of random directions, as exact search takes as long for any keys there,
-and there is no peer, which searches on the CPU. In `bfloat16` the model computes under autocast and
-its memory is kept in bfloat16.
+On a GPU memories are full of random directions, and there is no peer, which searches on the CPU. In
+`bfloat16` the model computes under autocast and its memory is kept in bfloat16.
 """
 
 import argparse
@@ -41,6 +40,11 @@ ROWS, SEGMENT, VOCAB = 4, 512, 257
 MEMORY_SIZES = (0, 8192, 65_536, 262_144)
 PEER_ENTRIES = 8192
 TOP_K = 32
+
+DEFAULTS = {
+    "device": torch.device("cpu"), "preset": "20m", "vocab": VOCAB, "rows": ROWS,
+    "precision": "float32", "compiled": False, "sizes": None,
+}  # fmt: skip
 
 Step = Callable[[], None]
 
@@ -171,14 +175,17 @@ def peer_step(memory_size: int, tokens: Tensor, folder: str) -> Step:
 
 def contenders(arguments: argparse.Namespace, folder: str) -> dict[str, Callable[[], Step]]:
     tokens = text_tokens(arguments.rows)
-    sizes = arguments.sizes or (MEMORY_SIZES[:2] if arguments.quick else MEMORY_SIZES)
+    sizes = MEMORY_SIZES[:2] if arguments.quick else MEMORY_SIZES
+    if arguments.sizes:
+        sizes = sorted({0, *arguments.sizes})
     dtype = arguments.precision
     found: dict[str, Callable[[], Step]] = {}
     for size in sizes:
         found[f"byheart {size}"] = lambda size=size: our_step(size, tokens, dtype, arguments)
-    if arguments.device.type == "cuda":
+    if any(getattr(arguments, name) != value for name, value in DEFAULTS.items()):
+        # the peer has the default shape
         return found
-    if not arguments.quick and dtype == "float32":
+    if not arguments.quick:
         found["byheart 65536 bfloat16 store"] = lambda: our_step(
             65_536, tokens, "bfloat16", arguments
         )
@@ -225,14 +232,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--peaks", action="store_true", help="measure memory, not time")
     parser.add_argument("--only", help="do three steps of one contender and print its peak memory")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--preset", choices=PRESETS, default="20m")
-    parser.add_argument("--vocab", type=int, default=VOCAB)
-    parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--sizes", type=int, nargs="+", help="entries; 0 must be among them")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", type=torch.device)
+    parser.add_argument("--preset", choices=PRESETS)
+    parser.add_argument("--vocab", type=int)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--sizes", type=int, nargs="+", help="entries, beside 0")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"))
     parser.add_argument("--compiled", action="store_true", help="by torch.compile")
+    parser.set_defaults(**DEFAULTS)
     arguments = parser.parse_args()
+    if arguments.peaks and any(getattr(arguments, n) != value for n, value in DEFAULTS.items()):
+        parser.error("--peaks measures the default shape only")
     with tempfile.TemporaryDirectory() as folder:
         builders = contenders(arguments, folder)
         if arguments.only:
@@ -256,10 +266,7 @@ def main() -> None:
         else:
             print(f"{name:40} {row:7.2f}")
     if arguments.out:
-        shape = {
-            name: str(getattr(arguments, name))
-            for name in ("device", "preset", "vocab", "rows", "precision", "compiled")
-        }
+        shape = {name: str(getattr(arguments, name)) for name in DEFAULTS}
         content = {"machine": info, "shape": shape, "rounds": rounds, "results": result}
         write_json(arguments.out, content)
 

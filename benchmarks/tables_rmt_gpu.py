@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.table import machine_line, read, table
+from benchmarks.table import gpu_line, read, table
 
 
 def recurrent_gpu_section() -> str | None:
@@ -52,8 +52,3 @@ def training_table(training: dict[str, Any]) -> str:
         "Training GPT-2 small in bfloat16, one row, segments of 480 tokens, a loss on every "
         "token:\n\n" + table(["training with", ""], rows)
     )
-
-
-def gpu_line(machine: dict[str, Any]) -> str:
-    line = machine_line(machine)
-    return f"{machine['gpu']}; {line}" if machine["gpu"] else line

@@ -4,36 +4,24 @@ Recording needs a GPU. On a CPU its place is taken by a function that calls the 
 same tensors, as transformers calls it while it is recorded, and refuses to wait for a value.
 """
 
+import weakref
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from byheart.adapters import segment_graph
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.testing.tiny import tiny_config, tiny_decoder
+from byheart.testing.waiting import NeverWaits
 
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-6)
 LENGTHS = (3, 40, 1, 14, 7, 70, 29, 8, 21)
 BERT_LAYOUT = {"start_ids": (1,), "separator_ids": (2,), "end_ids": (2,)}
 NAMES = ("bert", "roberta", "electra", "distilbert", "modernbert")
 NAMES += ("gpt2", "llama", "qwen2", "qwen3", "mistral", "gpt_neox")
-
-
-class NeverWaits(TorchDispatchMode):
-    """Refuses what a graph cannot hold: values that the host waits for."""
-
-    NAMES = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        if name in self.NAMES:
-            msg = f"{func.name()} waits for the device"
-            raise RuntimeError(msg)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -149,6 +137,33 @@ def test_one_recording_for_each_number_of_rows(recorded, tiny_model):
     assert recorded["recorded"] == 3
 
 
+@pytest.mark.parametrize("segments_per_call", [1, 8])
+@pytest.mark.parametrize(("whole", "recordings"), [(15, 0), (16, 1)])
+def test_segments_are_counted_once_however_they_are_given(
+    recorded, tiny_model, segments_per_call, whole, recordings
+):
+    memory_model = memory_around(tiny_model("bert"))
+    documents = documents_of((7 * whole + 1,))
+    list(memory_model.read_documents(documents, segments_per_call=segments_per_call))
+    assert recorded == {"recorded": recordings, "replayed": recordings * whole}
+
+
+def test_without_room_for_a_graph_documents_are_read_all_the_same(
+    recorded, tiny_model, monkeypatch
+):
+    def capture(step, device):
+        raise torch.OutOfMemoryError
+
+    memory_model = memory_around(tiny_model("bert"))
+    (expected,) = memory_model.read_documents(documents_of((700,)), cuda_graphs=False)
+    monkeypatch.setattr(segment_graph, "capture", capture)
+    with pytest.warns(RuntimeWarning, match="needs more memory than the GPU has left"):
+        (found,) = memory_model.read_documents(documents_of((700,)))
+    close(found.logits, expected.logits)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(memory_model.read_documents(documents_of((700,)), cuda_graphs=True))
+
+
 def test_weights_that_moved_are_recorded_again(recorded, tiny_model):
     memory_model = memory_around(tiny_model("bert"))
     reads = memory_model.read_documents(documents_of((35, 70)), rows=1, cuda_graphs=True)
@@ -212,3 +227,13 @@ def test_graphs_that_cannot_be_are_refused_at_once(recorded, monkeypatch, tiny_m
     # by themselves they are left out
     for memory_model in (center, memory_around_decoder(decoder)):
         assert len(list(memory_model.read_documents([[3] * 700]))) == 1
+
+
+def test_a_recording_keeps_the_tensors_that_its_graph_writes_to():
+    tensor, replays = torch.zeros(3), []
+    written = weakref.ref(tensor)
+    recording = segment_graph.Recording(lambda: replays.append(1), partial(tensor.add_, 1))
+    del tensor
+    recording()
+    assert replays == [1]
+    assert written() is not None

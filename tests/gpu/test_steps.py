@@ -1,9 +1,7 @@
 """Whole steps on a GPU: the same as on the CPU, without waiting, and from CUDA graphs."""
 
-import contextlib
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from byheart.models.decoder import Decoder
 from byheart.models.generate import generate
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.models.streaming import read_tokens
+from byheart.testing.waiting import gpu_never_waits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,18 +31,6 @@ def make_decoder(combine="gate", memory_size=4096, device="cuda"):
     knn = KnnMemoryConfig(layers=(1,), memory_size=memory_size, top_k=8, combine=combine)
     config = preset("tiny", VOCAB, segment_length=SEGMENT, xl_cache_length=SEGMENT, knn_memory=knn)
     return Decoder(config).to(device)
-
-
-@contextlib.contextmanager
-def never_waits():
-    """Refuse operations that wait for the device."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Synchronization debug mode")
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def batches(count, device="cuda"):
@@ -80,7 +67,7 @@ def test_a_training_step_does_not_wait(combine):
     decoder = make_decoder(combine)
     train(decoder, 2)
     state, segments = decoder.new_state(ROWS), list(batches(4))
-    with never_waits():
+    with gpu_never_waits():
         for inputs, targets in segments:
             out = decoder(inputs, state=state, targets=targets)
             out.loss.backward()
@@ -101,7 +88,7 @@ def test_decoding_does_not_wait():
     read = read_tokens(decoder, prompt, decoder.new_state(ROWS))
     for _ in range(2):
         read = read_tokens(decoder, prompt[:, :1], read.state)
-    with never_waits():
+    with gpu_never_waits():
         for _ in range(SEGMENT + 1):
             read = read_tokens(decoder, read.last_logits.argmax(-1, keepdim=True), read.state)
 

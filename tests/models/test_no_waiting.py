@@ -5,24 +5,13 @@ import contextlib
 import pytest
 import torch
 from step_setup import CONFIGS, SEGMENT, assert_same, assert_same_state, batches, make_config
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from byheart.models.decoder import Decoder
 from byheart.models.generate import SamplingConfig, choose, generate
 from byheart.models.streaming import read_tokens
 from byheart.ops import known
 from byheart.testing.tiny import random_tokens, tiny_decoder
-
-
-class NeverWaits(TorchDispatchMode):
-    """Refuses operators whose result the host would have to wait for."""
-
-    NAMES = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        assert name not in self.NAMES, f"{func.name()} waits for the device"
-        return func(*args, **(kwargs or {}))
+from byheart.testing.waiting import NeverWaits
 
 
 @pytest.fixture

@@ -222,16 +222,16 @@ def test_groups_of_groups(searched, monkeypatch):
         assert_exact(found, all_scores(queries, keys, valid))
 
 
+@pytest.mark.parametrize("plan", [Plan(8, 8), Plan(8, 16), Plan(16, 8), Plan(32, 8)])
 @pytest.mark.parametrize("entries", [300, 2**17 + 1, 2**22 + 1, 9 * 2**20 + 1, 2**26 + 1])
-def test_groups_of_a_memory_of_any_size_can_be_grouped_evenly(entries):
-    plan = Plan(32, 8)
+def test_groups_of_a_memory_of_any_size_can_be_grouped_evenly(entries, plan):
     tiles = search_triton._num_tiles(entries, plan)
     assert entries <= tiles * plan.tile < 1.1 * entries + plan.tile
     width = tiles * plan.groups_per_tile
     while width > search_triton._SELECTED_WIDTH and width % search_triton._COARSE_GROUP == 0:
         width //= search_triton._COARSE_GROUP
-    # what no program could hold in registers would fail
-    assert width <= 8192
+    # few warps select from what is left
+    assert width <= 2 * search_triton._SELECTED_WIDTH
 
 
 # 40 groups: one query, 4 of the 6 of a key-value head, those of two heads share the memory
@@ -341,12 +341,28 @@ def test_selection_from_groups_of_values_equals_topk(width, top_k, monkeypatch):
     assert all(len(set(row)) == top_k for row in columns.tolist())
 
 
-def test_a_selection_finds_nan_in_any_group(monkeypatch):
+@pytest.mark.parametrize(("width", "top_k"), [(1032, 5), (2040, 64), (4096, 128)])
+def test_wide_rows_that_are_selected_from_at_once(width, top_k):
+    values = torch.randn(3, width, device=DEVICE)
+    values[1] = torch.randint(5, (width,), device=DEVICE).float()
+    columns = select_largest(values, top_k).long()
+    picked = values.gather(1, columns).sort(descending=True).values
+    assert torch.equal(picked, values.topk(top_k).values)
+    assert all(len(set(row)) == top_k for row in columns.tolist())
+
+
+@pytest.mark.parametrize("count", [1, 3, 255])
+@pytest.mark.parametrize("is_negative", [False, True])
+def test_a_selection_ranks_nan_by_its_sign(is_negative, count, monkeypatch):
     monkeypatch.setattr(search_triton, "_SELECTED_WIDTH", 32)
-    values = torch.randn(3, 256, device=DEVICE)
-    values[0, 201] = float("nan")
-    columns = select_largest(values, 2)
-    assert 201 in columns[0].tolist()
+    values = torch.randn(2, 256, device=DEVICE)
+    nan = torch.tensor(-1 if is_negative else 0x7FFFFFFF, dtype=torch.int32)
+    values[0, 1 : 1 + count] = nan.view(torch.float32).to(DEVICE)
+    columns = select_largest(values, 2)[0].tolist()
+    assert len(set(columns)) == 2
+    assert all(0 <= column < 256 for column in columns)
+    found = sum(1 <= column <= count for column in columns)
+    assert found == (max(0, 2 - (256 - count)) if is_negative else min(2, count))
 
 
 def test_groups_are_larger_in_larger_memories():

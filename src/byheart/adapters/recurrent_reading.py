@@ -116,17 +116,18 @@ def _documents(
     state = memory_model.new_state(len(active)) if active else None
     while state is not None:
         starts = [row.is_new for row in active]
-        count = min(row.whole_segments_left for row in active)
-        if graphs.are_for(len(active), count):
+        whole = min(row.whole_segments_left for row in active)
+        if graphs.are_for(len(active), whole):
             before = state.start_documents(torch.tensor(starts, device=state.memory.device))
             memory = memory_model.first_memory(before)
-            memory = _replay(graphs.graph, memory, active, count, width, on_tokens)
-            state = _after_segments(before, memory, count)
+            memory = _replay(graphs.graph, memory, active, whole, width, on_tokens)
+            state = _after_segments(before, memory, whole)
             continue
         count = min(width, min(row.segments_left for row in active))
         pieces = [row.take(count) for row in active]
         ends = not all(row.segments_left for row in active)
         logits, state = _read(memory_model, pieces, state, starts=starts, ends=ends)
+        graphs.add(min(count, whole))
         if on_tokens is not None:
             on_tokens(sum(map(len, pieces)))
         for place, row in enumerate(active):

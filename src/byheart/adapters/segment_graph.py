@@ -1,9 +1,9 @@
 """CUDA graphs of one segment step: reading that waits for no Python and no kernel launches."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -62,22 +62,23 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
             # what other threads do meanwhile, such as loading data, is none of its business
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 step()
-    return Recording(graph, step)
+    return Recording(graph.replay, step)
 
 
-class Recording(NamedTuple):
-    """A CUDA graph, and the function that it was recorded from.
+@dataclass(frozen=True)
+class Recording:
+    """What a CUDA graph does, and the function that it was recorded from.
 
     The graph reads and writes the tensors that the function refers to, wherever they were: none may
     be freed before it.
     """
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     step: Callable[[], None]
 
     def __call__(self) -> None:
         """Do again what was recorded."""
-        self.graph.replay()
+        self.replay()
 
 
 class SegmentGraph:
@@ -175,7 +176,7 @@ class SegmentGraphs:
         )
         self._graph: SegmentGraph | None = None
         self._key: tuple[object, ...] = ()
-        self._num_steps = 0
+        self._num_read = 0
 
     def are_for(self, rows: int, num_segments: int) -> bool:
         """Decide whether a stretch of whole segments of all rows is read by a graph.
@@ -195,11 +196,19 @@ class SegmentGraphs:
         key = self._situation(rows)
         if key != self._key:
             # the old one first: the next can use its memory
-            self._graph, self._key, self._num_steps = None, key, 0
-        self._num_steps += num_segments
-        if self._graph is None and (self._must or self._num_steps >= _WORTH_RECORDING):
+            self._graph, self._key, self._num_read = None, key, 0
+        known = self._num_read + num_segments
+        if self._graph is None and (self._must or known >= _WORTH_RECORDING):
             self._graph = self._record(rows)
         return self._graph is not None
+
+    def add(self, num_segments: int) -> None:
+        """Count whole segments of all rows that were read in the ordinary way.
+
+        Args:
+            num_segments: How many.
+        """
+        self._num_read += num_segments
 
     @property
     def graph(self) -> SegmentGraph:
@@ -210,6 +219,16 @@ class SegmentGraphs:
     def _record(self, rows: int) -> SegmentGraph | None:
         try:
             return SegmentGraph(self._memory_model, rows)
+        except torch.OutOfMemoryError:
+            if self._must:
+                raise
+            msg = (
+                f"A CUDA graph of {rows} rows needs more memory than the GPU has left, so they are "
+                "read without one. Read fewer rows, or pass cuda_graphs=False."
+            )
+            warnings.warn(msg, RuntimeWarning, stacklevel=5)
+            self._is_on = False
+            return None
         except RuntimeError as error:
             name = type(self._memory_model.model).__name__
             msg = (
@@ -218,7 +237,7 @@ class SegmentGraphs:
             )
             if self._must:
                 raise RuntimeError(msg) from error
-            warnings.warn(f"{msg} It is read without graphs.", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{msg} It is read without graphs.", RuntimeWarning, stacklevel=5)
             self._is_on = False
             return None
 
@@ -230,8 +249,12 @@ class SegmentGraphs:
             torch.is_inference_mode_enabled(),
             torch.is_autocast_enabled(kind),
             torch.get_autocast_dtype(kind),
-            *(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers())),
+            *((tensor.data_ptr(), tensor.dtype) for tensor in _tensors(model)),
         )
+
+
+def _tensors(memory_model: RecurrentMemory) -> Iterator[Tensor]:
+    return chain(memory_model.parameters(), memory_model.buffers())
 
 
 def _obstacle(memory_model: RecurrentMemory) -> str | None:
@@ -244,7 +267,7 @@ def _obstacle(memory_model: RecurrentMemory) -> str | None:
     device = memory_model.memory.memory.device
     if not can_capture(device):
         return f"a model on a CUDA device, got one on {device}"
-    others = {weight.device for weight in memory_model.parameters()} - {device}
+    others = {tensor.device for tensor in _tensors(memory_model)} - {device}
     if others:
         return f"all weights on one device, got {device} and {', '.join(map(str, others))}"
     if layout.inner is not None:

@@ -52,9 +52,9 @@ def default_plan(num_entries: int, top_k: int, key_bytes: int) -> Plan | None:
     """Weigh the maxima of all groups against the members of the chosen ones.
 
     A query writes and reads `num_entries / group` maxima of 4 bytes, about 3 times, and reads
-    `top_k * group` keys: both cost the same at the root below. Tiles of more than 32 KB (groups of
-    32 of wider keys) were 3 times slower on an H200; beside that groups of 8 to 32 differed by a
-    tenth there (`benchmarks.kernels --plans`).
+    `top_k * group` keys: both cost the same at the root below. Groups of 8 to 32 differ little, but
+    tiles of 64 KB were 2.7 times slower than those of half the size on an H200
+    (`benchmarks/results/kernels-plans.json`).
 
     Args:
         num_entries: Slots of the memory.

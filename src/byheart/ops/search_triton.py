@@ -24,7 +24,8 @@ from byheart.ops.triton_door import (
     without_eight_bits,
 )
 
-# up to this width a warp selects from a row at once; of wider rows the best groups are found first
+# up to this width one warp selects from a row; of wider rows the best groups are found first, where
+# that leaves most of them out
 _SELECTED_WIDTH = 1024
 _COARSE_GROUP = 16
 
@@ -148,7 +149,7 @@ def select_largest(values_RN: Float[Tensor, "row column"], top_k: int) -> Int[Te
     import_kernels("search_kernels").coarse_maxima[(-(-coarse_RC.numel() // block),)](
         values_RN, coarse_RC, coarse_RC.numel(), _COARSE_GROUP, block, num_warps=4
     )
-    return _select(values_RN, top_k, within=select_largest(coarse_RC, min(top_k, num_coarse)))
+    return _select(values_RN, top_k, within=select_largest(coarse_RC, top_k))
 
 
 def _select(values_RN: Tensor, top_k: int, within: Tensor | None = None) -> Tensor:
@@ -175,7 +176,7 @@ def _select(values_RN: Tensor, top_k: int, within: Tensor | None = None) -> Tens
         WIDTH_PAD=width_pad,
         ROWS=rows,
         COARSE=coarse,
-        num_warps=min(8, max(1, width_pad // _SELECTED_WIDTH)),
+        num_warps=max(1, width_pad // _SELECTED_WIDTH),
     )
     return columns_RK
 
