@@ -192,6 +192,11 @@ def recurrent_section() -> str | None:
             table(["ratio", ""], ratios),
             documents_table(result["documents"]) if "documents" in result else "",
             machine_line(result["machine"]),
+            *(
+                [f"The peaks are of {machine_line(result['machine_of_peaks'])}"]
+                if "machine_of_peaks" in result
+                else []
+            ),
         ]
     )
 

@@ -295,6 +295,18 @@ def test_the_wanted_logits_of_ragged_rows_are_those_of_all(kept, side, tiny_mode
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_the_head_computes_only_what_is_wanted(tiny_model, wrap, draw):
+    memory_model, columns = wrap(tiny_model("llama")), []
+    memory_model.model.lm_head.register_forward_hook(
+        lambda _, inputs, __: columns.append(inputs[0].shape[1])
+    )
+    for kept, expected in ((0, 0), (1, 1), (9, 9)):
+        memory_model(draw(2, 28), logits_to_keep=kept)
+        assert sum(columns) == expected
+        columns.clear()
+
+
 def test_a_classifier_has_the_losses_of_its_base_model(tiny_model, wrap, draw):
     ids = draw(3, 7)
     for num_labels, problem, labels in (

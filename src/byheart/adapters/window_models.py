@@ -49,7 +49,8 @@ class CausalWindowModel(HuggingFaceReader):
             Hidden states and, if requested, a `TextOutput`.
         """
         start = window.text_start
-        stop = start + (request.num_columns if request is not None else 1)
+        # the head of a large vocabulary costs more than a small model: for nothing it gets nothing
+        stop = start + (request.num_columns if request is not None else 0)
         taken: list[Tensor] = []
 
         def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
