@@ -14,7 +14,12 @@ from benchmarks.tables_gpu import (
     step_gpu_section,
 )
 from benchmarks.tables_rmt_gpu import recurrent_gpu_section
-from benchmarks.tables_tasks import pretrained_section, recipe_section, task_section
+from benchmarks.tables_tasks import (
+    generalization_section,
+    pretrained_section,
+    recipe_section,
+    task_section,
+)
 
 INTRODUCTION = """# Benchmarks
 
@@ -366,6 +371,7 @@ def render() -> str:
         recurrent_section(),
         recurrent_gpu_section(),
         *(task_section(task) for task in ("memorize", "detect", "reason")),
+        generalization_section(),
         pretrained_section(),
         *(recipe_section(task) for task in ("detect", "reason")),
     ]

@@ -30,6 +30,25 @@ def task_section(task: str) -> str | None:
     )
 
 
+def generalization_section() -> str | None:
+    result = read("generalization-memorize/memorize.json")
+    if result is None:
+        return None
+    folder = HERE / "results" / "generalization-memorize"
+    made = result["made_by"]
+    versions = ", ".join(f"{name} {v}" for name, v in made["versions"].items())
+    return "\n\n".join(
+        [
+            "## Recurrent memory: every stage of memorize on every length",
+            "The small encoder of the tables above after each stage of its curriculum (Bulatov et "
+            "al. 2023, Figure 5, where each is a BERT with segments of 499 tokens).",
+            "![accuracy](results/generalization-memorize/memorize.png)",
+            (folder / "memorize.md").read_text(encoding="utf-8").strip(),
+            f"`{made['command']}` on {made['cores']} cores of {made['processor']}; {versions}.",
+        ]
+    )
+
+
 def pretrained_section() -> str | None:
     result = read("memorize-minilm/seed-0/result.json")
     if result is None:
