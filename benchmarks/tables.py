@@ -8,7 +8,6 @@ from typing import Any
 from benchmarks.table import HERE, gpu_line, machine_line, read, table
 from benchmarks.tables_decode import decode_section, indexes_table, read_section
 from benchmarks.tables_gpu import (
-    crossover_gpu_section,
     kernels_section,
     plans_section,
     step_gpu_section,
@@ -220,11 +219,11 @@ def documents_table(documents: dict[str, Any]) -> str:
     )
 
 
-def crossover_section() -> str | None:
-    result = read("crossover.json")
+def crossover_section(file: str) -> str | None:
+    result = read(file)
     if result is None:
         return None
-    shape = result["shape"]
+    shape, machine = result["shape"], result["machine"]
     rows = [
         [
             f"{row['entries']:,}",
@@ -235,13 +234,13 @@ def crossover_section() -> str | None:
     ]
     return "\n\n".join(
         [
-            "## Reading a memory whole, or searching it",
+            f"## Reading a memory whole, or searching it{', on a GPU' if machine['gpu'] else ''}",
             f"Milliseconds forward and backward of {shape['rows']} rows, {shape['heads']} heads, "
-            f"{shape['queries']} queries of {shape['head_dim']} numbers. A memory of `top_k` slots "
-            "is read whole. The two compute different things: attention over all entries, and over "
-            f"the best {shape['top_k']}.",
+            f"{shape['queries']} queries of {shape['head_dim']} numbers, float32. A memory of "
+            "`top_k` slots is read whole. The two compute different things: attention over all "
+            f"entries, and over the best {shape['top_k']}.",
             table(["entries", "whole", f"top-{shape['top_k']}", "ratio"], rows),
-            machine_line(result["machine"]),
+            gpu_line(machine) if machine["gpu"] else machine_line(machine),
         ]
     )
 
@@ -363,8 +362,8 @@ def render() -> str:
         search_section(),
         kernels_section(),
         plans_section(),
-        crossover_section(),
-        crossover_gpu_section(),
+        crossover_section("crossover.json"),
+        crossover_section("crossover-gpu.json"),
         recall_section(),
         compare_section("python"),
         compare_section("arxiv-math"),

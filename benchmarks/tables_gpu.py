@@ -100,31 +100,6 @@ def _kernels(result: dict[str, Any]) -> str:
     return table(["keys, entries", *names, "others", "whole"], rows)
 
 
-def crossover_gpu_section() -> str | None:
-    result = read("crossover-gpu.json")
-    if result is None:
-        return None
-    rows = [
-        [
-            f"{row['entries']:,}",
-            *(f"{row['seconds'][name] * 1e3:.2f}" for name in ("whole", "searched")),
-            f"{row['seconds']['whole'] / row['seconds']['searched']:.2f}",
-        ]
-        for row in result["results"]
-    ]
-    shape = result["shape"]
-    return "\n\n".join(
-        [
-            "## Reading a memory whole, or searching it, on a GPU",
-            f"Milliseconds forward and backward of {shape['rows']} rows, {shape['heads']} heads, "
-            f"{shape['queries']} queries of {shape['head_dim']} numbers, float32; below 1,024 "
-            "entries a search is a product and `topk`.",
-            table(["entries", "whole", f"top-{shape['top_k']}", "ratio"], rows),
-            gpu_line(result["machine"]),
-        ]
-    )
-
-
 def plans_section() -> str | None:
     result = read("kernels-plans.json")
     if result is None:

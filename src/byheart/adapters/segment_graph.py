@@ -25,7 +25,7 @@ _WORTH_RECORDING = 16
 _FAMILIES = frozenset(
     {
         "bert", "distilbert", "electra", "gpt2", "gpt_neox", "llama", "mistral", "modernbert",
-        "qwen2", "qwen3", "roberta", "xlm-roberta",
+        "qwen2", "qwen3", "roberta",
     }
 )  # fmt: skip
 """Families whose step is known to ask the device for no value once it is recorded."""
