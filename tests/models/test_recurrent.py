@@ -258,12 +258,58 @@ def kept_bytes(core, model, segments):
 
 
 @pytest.mark.parametrize("writes", [True, False])
-def test_replay_keeps_only_the_memory_between_segments(writes):
-    model, segments = TinyModel(writes=writes), make_segments(32)
-    numbers = 32 * ROWS * MEMORY * WIDTH
-    kept = kept_bytes(make_core(replay=True), model, segments)
-    assert kept == 4 * numbers
-    assert kept < kept_bytes(make_core(), model, segments) / 10
+def test_replay_keeps_the_memory_between_segments_and_the_last_segment(writes):
+    model, full, replay = TinyModel(writes=writes), make_core(), make_core(replay=True)
+    memory = 4 * ROWS * MEMORY * WIDTH
+    one = kept_bytes(full, model, make_segments(1))
+    for count in (2, 32):
+        kept = kept_bytes(replay, model, make_segments(count))
+        assert count * memory < kept <= (count + 1) * memory + one
+    assert kept < one + kept_bytes(full, model, make_segments(32)) / 10
+
+
+def test_replay_of_losses_that_reach_a_depth_keeps_no_segment():
+    segments = make_segments(32, losses=range(32))
+    kept = kept_bytes(make_core(replay=True, bptt_depth=4), TinyModel(), segments)
+    assert kept == 4 * ROWS * MEMORY * WIDTH * (1 + 2 + 3 + 29 * 4)
+
+
+def test_replay_reads_every_segment_twice_but_the_last():
+    core, model = make_core(replay=True), TinyModel()
+    outputs = core.unroll(model, make_segments(7), first_memory(core)).outputs
+    assert len(model.requests) == 7
+    outputs[-1].sum().backward(retain_graph=True)
+    assert len(model.requests) == 7 + 6
+    once = core.memory.grad.clone()
+    core.zero_grad()
+    # what was kept is gone after the first time
+    outputs[-1].sum().backward()
+    assert len(model.requests) == 7 + 6 + 7
+    close(core.memory.grad, once)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward behind"])
+def test_replay_is_full_bptt_under_autocast(inside):
+    full, replay, model = make_core(), make_core(replay=True), TinyModel(dropout=0.4)
+    replay.load_state_dict(full.state_dict())
+    found = []
+    for core in (full, replay):
+        core.zero_grad(), model.zero_grad()
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            segments = make_segments(5, losses=[2, 4])
+            loss = total_loss(core.unroll(model, segments, first_memory(core)).outputs)
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        named = itertools.chain(core.named_parameters(), model.named_parameters())
+        found.append({name: weight.grad for name, weight in named})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        # gradients of half precision, summed in another order
+        bound = 0.02 * grad.abs().max().item()
+        torch.testing.assert_close(found[1][name], grad, rtol=0, atol=bound)
 
 
 def test_a_depth_keeps_what_the_segments_in_reach_need():

@@ -264,7 +264,7 @@ class RecurrentCore(nn.Module):
         depth = self.config.bptt_depth
         losses = [index for index, segment in enumerate(segments) if segment.has_loss]
         if depth is None or depth >= len(segments) or not torch.is_grad_enabled() or not losses:
-            return self._run(model, segments, memory)
+            return self._run(model, segments, memory, is_whole=True)
         reads: list[_Read | None] = [None] * len(segments)
         position = 0  # `memory` and `model` are those before this segment, `ahead` those after it
         ahead: _Run | None = None
@@ -290,16 +290,31 @@ class RecurrentCore(nn.Module):
         _fill(reads, last.reads, rest)
         return last._replace(reads=[read for read in reads if read is not None])
 
-    def _run(self, model: WindowModel, segments: Sequence[Segment], memory: Tensor) -> _Run:
+    def _run(
+        self,
+        model: WindowModel,
+        segments: Sequence[Segment],
+        memory: Tensor,
+        *,
+        is_whole: bool = False,
+    ) -> _Run:
         if self.config.replay and segments and torch.is_grad_enabled():
-            return self._replay(model, segments, memory)
+            # of many short runs each would keep a segment
+            return self._replay(model, segments, memory, keeps_last=is_whole)
         reads = []
         for segment in segments:
             memory, read, model = self._read(model, segment, memory)
             reads.append(read)
         return _Run(reads, memory, model)
 
-    def _replay(self, model: WindowModel, segments: Sequence[Segment], memory: Tensor) -> _Run:
+    def _replay(
+        self,
+        model: WindowModel,
+        segments: Sequence[Segment],
+        memory: Tensor,
+        *,
+        keeps_last: bool,
+    ) -> _Run:
         readers = [model]
 
         def read(index: int, before: Tensor) -> tuple[Tensor, _Read]:
@@ -311,7 +326,7 @@ class RecurrentCore(nn.Module):
         weights = [
             weight for weight in (*self.parameters(), *model.parameters()) if weight.requires_grad
         ]
-        reads, memory = replayed(read, len(segments), memory, weights)
+        reads, memory = replayed(read, len(segments), memory, weights, keeps_last=keeps_last)
         return _Run(reads, memory, readers[-1])
 
     def _read(

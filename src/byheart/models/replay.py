@@ -1,7 +1,7 @@
 """Exact backpropagation through any number of segments in constant memory."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,12 @@ tensor, `None`, or a named tuple of outputs."""
 
 
 def replayed(
-    read: ReadSegment, num_segments: int, memory: Tensor, parameters: Sequence[nn.Parameter]
+    read: ReadSegment,
+    num_segments: int,
+    memory: Tensor,
+    parameters: Sequence[nn.Parameter],
+    *,
+    keeps_last: bool = False,
 ) -> tuple[list[Any], Tensor]:
     """Read segments, and read them again in reverse for the backward pass.
 
@@ -26,6 +31,8 @@ def replayed(
         num_segments: How many there are.
         memory: Memory before the first.
         parameters: All parameters that `read` uses and that want a gradient.
+        keeps_last: Whether the activations of the last segment are kept: the backward pass begins
+            with it, so that it need not be read again, and no more exist at a time.
 
     Returns:
         The output of each segment, and the memory after the last.
@@ -33,7 +40,7 @@ def replayed(
     Source:
         Wu et al. 2020, Memformer, memory replay back-propagation (arXiv:2010.06891).
     """
-    plan = _Plan(read, num_segments, memory.device)
+    plan = _Plan(read, num_segments, memory.device, keeps_last=keeps_last)
     memory, *flat = _Replay.apply(plan, memory, *parameters)  # type: ignore[no-untyped-call]
     tensors = iter(flat)
     return [_filled(output, tensors) for output in plan.outputs], memory
@@ -42,11 +49,15 @@ def replayed(
 class _Plan:
     """What the backward pass needs to know besides tensors."""
 
-    def __init__(self, read: ReadSegment, num_segments: int, device: torch.device) -> None:
+    def __init__(
+        self, read: ReadSegment, num_segments: int, device: torch.device, *, keeps_last: bool
+    ) -> None:
         self.read = read
         self.num_segments = num_segments
         self.outputs: list[Any] = []
         self.counts: list[int] = []
+        self.last = num_segments - 1 if keeps_last else None
+        self.kept: _Graph | None = None
         self.kind = device.type
         self.devices = [device] if device.type == "cuda" else []
         self.random = [
@@ -72,19 +83,46 @@ class _Plan:
         for device, block in zip(self.devices, self.random[1:], strict=True):
             torch.cuda.set_rng_state(block[index].clone(), device)
 
-    def again(self, index: int, memory: Tensor) -> list[Tensor]:
-        """Read a segment with its gradient.
+    def first(self, index: int, memory: Tensor) -> tuple[Tensor, Any]:
+        """Read a segment for the first time.
 
         Returns:
-            The memory after it, then the tensors of its output.
+            The memory after it, and its output, both without a gradient.
         """
+        self.keep_random_state(index)
+        if index != self.last:
+            return self.read(index, memory)
+        self.kept, output = self._graph(index, memory)
+        after, *flat = (tensor.detach() for tensor in self.kept.outputs)
+        return after, _filled(output, iter(flat))
+
+    def again(self, index: int, memory: Tensor) -> "_Graph":
+        """Give a segment with its gradient, read again unless it was kept.
+
+        Returns:
+            What it was read from, and what that gave.
+        """
+        if index == self.last and self.kept is not None:
+            graph, self.kept = self.kept, None
+            return graph
         self.restore_random_state(index)
+        return self._graph(index, memory)[0]
+
+    def _graph(self, index: int, memory: Tensor) -> tuple["_Graph", Any]:
+        memory = memory.detach().requires_grad_()
         with (
             torch.enable_grad(),
             torch.autocast(self.kind, enabled=self.autocast, dtype=self.autocast_dtype),
         ):
             after, output = self.read(index, memory)
-        return [after, *_tensors(output)]
+        return _Graph(memory, [after, *_tensors(output)]), output
+
+
+class _Graph(NamedTuple):
+    """A segment with its gradient."""
+
+    memory: Tensor
+    outputs: list[Tensor]
 
 
 class _Replay(torch.autograd.Function):
@@ -94,8 +132,7 @@ class _Replay(torch.autograd.Function):
         flat: list[Tensor] = []
         for index in range(plan.num_segments):
             before[index] = memory
-            plan.keep_random_state(index)
-            memory, output = plan.read(index, memory)
+            memory, output = plan.first(index, memory)
             tensors = _tensors(output)
             plan.outputs.append(output)
             plan.counts.append(len(tensors))
@@ -122,8 +159,7 @@ class _Replay(torch.autograd.Function):
                 end = start
                 if all(part is None for part in wanted):
                     continue
-                memory = before[index].detach().requires_grad_()
-                grad, *found = _gradients(plan.again(index, memory), wanted, [memory, *parameters])
+                grad, *found = _gradients(plan.again(index, before[index]), wanted, parameters)
                 for place, part in enumerate(found):
                     total = totals[place]
                     if part is not None:
@@ -132,11 +168,12 @@ class _Replay(torch.autograd.Function):
 
 
 def _gradients(
-    outputs: list[Tensor], wanted: Sequence[Tensor | None], inputs: list[Tensor]
+    graph: _Graph, wanted: Sequence[Tensor | None], parameters: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
+    inputs = [graph.memory, *parameters]
     pairs = [
         (output, part)
-        for output, part in zip(outputs, wanted, strict=True)
+        for output, part in zip(graph.outputs, wanted, strict=True)
         if part is not None and output.requires_grad
     ]
     if not pairs:
