@@ -2,10 +2,11 @@
 
     python -m benchmarks.recipe --task reason --out benchmarks/results/recipe-reason.json
 
-Trains the recipe and variants of it that lack one part each, on documents of up to `SEGMENTS`
-segments, with equal seeds and documents, and says after how many steps each stage was reached.
-A stage that takes longer than `STAGE_STEPS` is given up. What is done is kept: interrupted, the
-same command goes on.
+Trains the recipe and variants of it that change one part each, on documents of up to `SEGMENTS`
+segments and for `CONTINUE_STEPS` after that, with equal seeds and documents. Says after how many
+steps each stage was reached, and how many documents of each length are answered right in the end,
+also of lengths that were never trained on. A stage that takes longer than `STAGE_STEPS` is given
+up. What is done is kept: interrupted, the same command goes on.
 """
 
 import argparse
@@ -22,7 +23,11 @@ from byheart.training.checkpoint import find_checkpoint
 from byheart.training.task_run import train_task
 
 SEGMENTS = {"reason": 1, "detect": 4}
-STAGE_STEPS = 2000
+STAGE_STEPS = {"reason": 2000, "detect": 1000}
+CONTINUE_STEPS = {"reason": 0, "detect": 200}
+LENGTHS = {"reason": (1, 2), "detect": (4, 16, 64, 256)}
+"""Segments of the documents that are measured in the end."""
+SAMPLES = 200
 SHARED = {
     "weights themselves, no running average": ["training.average_decay=0"],
     "no weight decay": ["training.weight_decay=0"],
@@ -46,22 +51,26 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "documents of the stage's length alone": ["curriculum.lengths=stage"],
         "the same rate in all stages": ["training.length_decay=0"],
         "gated update": ["memory.update=gated"],
-        "noise of 0.1 on the memory": ["memory.noise=0.1"],
+        "noise of 0.3 on the memory": ["memory.noise=0.3"],
         "no fragments of facts in the background": ["task.fragments=0"],
         **SHARED,
     },
 }
 
 
-def learn(task: str, changes: Iterable[str], seed: int, directory: Path) -> dict[str, Any]:
+def learn(
+    task: str, changes: Iterable[str], seed: int, directory: Path, overrides: Iterable[str]
+) -> dict[str, Any]:
     run = apply_overrides(
         TASK_RECIPES[f"rmt-{task}"](),
         [
             f"training.seed={seed}",
             f"curriculum.max_segments={SEGMENTS[task]}",
-            f"curriculum.stage_steps={STAGE_STEPS}",
-            "curriculum.continue_steps=0",
-            f"evaluation.segments=[{SEGMENTS[task]}]",
+            f"curriculum.stage_steps={STAGE_STEPS[task]}",
+            f"curriculum.continue_steps={CONTINUE_STEPS[task]}",
+            f"evaluation.segments={list(LENGTHS[task])}",
+            f"evaluation.samples={SAMPLES}",
+            *overrides,
             *changes,
         ],
     )
@@ -74,7 +83,9 @@ def learn(task: str, changes: Iterable[str], seed: int, directory: Path) -> dict
         "changes": list(changes),
         "outcome": result.outcome,
         "steps": result.steps,
-        "accuracy": result.evaluation.measurements[0].accuracy,
+        "accuracy": {
+            str(found.num_segments): found.accuracy for found in result.evaluation.measurements
+        },
         "reached": [
             {"stage": "lesson" if e.lesson else e.num_segments, "step": e.step}
             for e in result.curriculum.reached
@@ -90,6 +101,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs", "recipe"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--variants", nargs="*", help="Only these, by name.")
+    parser.add_argument("--set", nargs="*", default=[], help="Fields of the recipe, for all.")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     if arguments.out.is_file():
@@ -99,8 +111,12 @@ def main() -> None:
         if name in results or (arguments.variants and name not in arguments.variants):
             continue
         directory = arguments.work / f"{arguments.task}-{number}-seed-{arguments.seed}"
-        results[name] = learn(arguments.task, changes, arguments.seed, directory)
-        settings = {"task": arguments.task, "seed": arguments.seed, "stage_steps": STAGE_STEPS}
+        results[name] = learn(arguments.task, changes, arguments.seed, directory, arguments.set)
+        settings = {
+            "task": arguments.task, "seed": arguments.seed, "set": arguments.set,
+            "stage_steps": STAGE_STEPS[arguments.task],
+            "continue_steps": CONTINUE_STEPS[arguments.task], "samples": SAMPLES,
+        }  # fmt: skip
         content = {
             "machine": machine_info(["transformers"]),
             "settings": settings,

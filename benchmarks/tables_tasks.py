@@ -78,23 +78,21 @@ def recipe_section(task: str) -> str | None:
     result = read(f"recipe-{task}.json")
     if result is None:
         return None
+    settings, results = result["settings"], result["results"]
+    lengths = list(next(iter(results.values()))["accuracy"])
+    measured = [f"{length} segments" for length in lengths]
     rows = [
-        [
-            name,
-            _reached(row),
-            f"{row['evaluations'][-1]['accuracy']:.1%}",
-            str(row["steps"]),
-        ]
-        for name, row in result["results"].items()
+        [name, _reached(row), *(f"{row['accuracy'][length]:.1%}" for length in lengths)]
+        for name, row in results.items()
     ]
-    settings = result["settings"]
     return "\n\n".join(
         [
             f"## What each part of the recipe of {task} brings",
             f"Each row changes one thing of the recipe; seed {settings['seed']}. A stage is given "
-            f"up after {settings['stage_steps']:,} steps. Accuracy: of the running average, on "
-            "held-out documents of the stage in which the run ended.",
-            table(["recipe", "stages reached after steps", "last accuracy", "steps"], rows),
+            f"up after {settings['stage_steps']:,} steps; {settings['continue_steps']:,} more "
+            f"follow the last. Accuracy: on {settings['samples']:,} held-out documents of so many "
+            "segments.",
+            table(["recipe", "stages reached after steps", *measured], rows),
             machine_line(result["machine"]),
         ]
     )
