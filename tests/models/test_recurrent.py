@@ -413,6 +413,23 @@ def test_a_gate_closes_and_opens_completely(bias, share):
     assert plain.unroll(model, segments, memory).write_share is None
 
 
+def test_a_step_says_how_far_the_gate_of_each_memory_token_opened():
+    core = make_core(update="gated", gate_bias_init=0.3).eval()
+    core.gate.weight.data.normal_()
+    model, segment = TinyModel(), make_segments(1)[0]
+    memory = torch.randn(ROWS, MEMORY, WIDTH)
+    with torch.no_grad():
+        after, _, _, opened = core.step(model, segment, memory)
+        plain = RecurrentCore(replace(core.config, update="replace", gate_bias_init=-2.0), WIDTH,
+                              mean=torch.zeros(WIDTH), std=torch.ones(WIDTH))  # fmt: skip
+        written = plain.step(model, segment, memory).memory
+    close(after, memory + opened[..., None] * (written - memory))
+    assert opened.std() > 0.01
+    partly = replace(segment, writes_memory=torch.tensor([True, False]))
+    close(core.step(model, partly, memory).opened, opened * torch.tensor([[1.0], [0.0]]))
+    assert plain.step(model, segment, memory).opened is None
+
+
 @pytest.mark.parametrize(("noise", "learns"), [(0.0, False), (1.0, True)])
 def test_noise_lets_a_closed_gate_learn(noise, learns):
     torch.manual_seed(0)

@@ -87,8 +87,8 @@ class Stepped(NamedTuple):
     """What was requested."""
     reader: WindowModel
     """What reads the next segment."""
-    write_share: Float[Tensor, " rows"] | None
-    """How much of its memory each row has rewritten, from 0 to 1; 0 where the segment is not
+    opened: Float[Tensor, "rows memory"] | None
+    """How much of each memory token was rewritten, from 0 to 1; 0 where the segment is not
     complete. `None` without a gate."""
 
 
@@ -198,12 +198,12 @@ class RecurrentCore(nn.Module):
             )
             raise ValueError(msg)
         hidden = _written(window, encoded.hidden, memory.shape[1])
-        written, share = self._update(memory, hidden)
+        written, opened = self._update(memory, hidden)
         if segment.writes_memory is not None:
             written = torch.where(segment.writes_memory[:, None, None], written, memory)
-            share = None if share is None else share * segment.writes_memory
+            opened = None if opened is None else opened * segment.writes_memory[:, None]
         following = model if encoded.reader is None else encoded.reader
-        return Stepped(written, encoded.output, following, share)
+        return Stepped(written, encoded.output, following, opened)
 
     def _update(self, old: Tensor, written: Tensor) -> tuple[Tensor, Tensor | None]:
         if not old.shape[1]:
@@ -212,14 +212,14 @@ class RecurrentCore(nn.Module):
         written = written.float()
         if self.norm is not None:
             written = self.norm(written.to(self.norm.weight.dtype)).float()
-        share = None
+        opened = None
         if self.gate is not None:
             opened = self._open(old, written)
-            written, share = torch.lerp(old, written, opened), opened.mean(dim=(1, 2))
+            written, opened = torch.lerp(old, written, opened), opened.squeeze(2)
         if self.training and self.config.noise > 0:
             spread = written.detach().std(dim=(1, 2), keepdim=True)
             written = written + self.config.noise * spread * torch.randn_like(written)
-        return written, share
+        return written, opened
 
     def _open(self, old: Tensor, written: Tensor) -> Float[Tensor, "rows memory 1"]:
         """Say how much of each memory token is rewritten.
@@ -337,7 +337,8 @@ class RecurrentCore(nn.Module):
         after = stepped.memory
         if segment.rows is not None:
             after = memory.index_copy(0, segment.rows, after)
-        return after, _Read(stepped.output, stepped.write_share), stepped.reader
+        share = None if stepped.opened is None else stepped.opened.mean(dim=1)
+        return after, _Read(stepped.output, share), stepped.reader
 
 
 def _without_requests(segments: Sequence[Segment], known: Sequence[_Read | None]) -> list[Segment]:
