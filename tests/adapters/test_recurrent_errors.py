@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from byheart.adapters.families import model_kind
+from byheart.adapters.families import model_kind, whole_window_layers
 from byheart.errors import CheckpointError, MemoryStateError
 
 SMALL = {
@@ -117,6 +117,23 @@ def test_layers_that_all_see_everything_are_accepted(tiny_model, wrap):
     full = {"sliding_window": 4, "layer_types": ["full_attention"] * 2}
     wrap(tiny_model("gemma3", **full))
     wrap(tiny_model("qwen2", sliding_window=4, use_sliding_window=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "sight", "length", "expected"),
+    [
+        ("bert", {}, 60, (True, True)),
+        ("modernbert", {"local_attention": 8}, 30, (True, False)),
+        ("modernbert", {"local_attention": 8}, 4, (True, True)),
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": False}, 30, (True, True)),
+    ],
+)
+def test_layers_that_see_the_whole_window_are_told_from_local_ones(
+    name, sight, length, expected, tiny_model
+):
+    if name == "modernbert":
+        sight = {**sight, "layer_types": ["full_attention", "sliding_attention"]}
+    assert whole_window_layers(tiny_model(name, **sight), length) == expected
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "modernbert"])

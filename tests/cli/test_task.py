@@ -137,6 +137,8 @@ def test_reproduce_trains_once_and_compares_with_the_report(command, stories, tm
     assert set(attention["heads"]) == {"write", "keep", "read"}
     assert [len(labels) for labels in attention["labels"]] == [29] * 4
     assert (tmp_path / "attention-keep.png").read_bytes().startswith(b"\x89PNG")
+    assert attention["gates"] is None
+    assert not (tmp_path / "attention-gates.png").exists()
     weights = (tmp_path / "seed-1" / "model" / "recurrent_memory.safetensors").read_bytes()
     code, again, err = command(*arguments)
     assert code == 0, err

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,9 +17,19 @@ from byheart.models.segmentation import plan_steps
 from byheart.models.window import Window
 
 
+class SegmentAttention(NamedTuple):
+    """What a segment attended to, and what it left in the memory. Float32 on the CPU."""
+
+    weights: Float[Tensor, "layers heads window _window"]
+    """Attention of each query (third axis) over all keys (fourth); no gradient."""
+    opened: Float[Tensor, " memory"] | None
+    """How much of each memory token the segment has rewritten, from 0 to 1: how far its gate
+    opened. `None` without gates."""
+
+
 def segment_attention(
     memory_model: RecurrentMemory, input_ids: Int[Tensor, " tokens"]
-) -> list[Float[Tensor, "layers heads window _window"]]:
+) -> list[SegmentAttention]:
     """Read a document and note the attention in each segment.
 
     A window is `[start ; memory ; separator ; text ; end]`. Attention is computed in the plain way,
@@ -30,8 +40,7 @@ def segment_attention(
         input_ids: The document.
 
     Returns:
-        Attention weights per segment: of each query (third axis) over all keys (fourth), float32
-        on the CPU. They carry no gradient.
+        An entry per segment.
 
     Raises:
         ValueError: If the model is no encoder, or the document is empty.
@@ -49,6 +58,7 @@ def segment_attention(
     tokens = input_ids.to(core.memory.device)[None]
     memory = core.memory.float()[None]
     reader = _AttentionReader(memory_model.model)
+    found = []
     with _plain_attention(memory_model), torch.no_grad():
         for step in plan_steps((len(input_ids),), config.segment_length, config.alignment):
             text, _ = step.take(tokens)
@@ -60,24 +70,25 @@ def segment_attention(
                 request=None,
                 has_loss=False,
             )
-            memory = core.step(reader, segment, memory).memory
-    return reader.attention
+            stepped = core.step(reader, segment, memory)
+            memory = stepped.memory
+            opened = None if stepped.opened is None else stepped.opened[0].float().cpu()
+            found.append(SegmentAttention(stepped.output, opened))
+    return found
 
 
 class _AttentionReader(HuggingFaceReader):
-    """A reader of windows that keeps their attention."""
+    """A reader of windows whose output is their attention."""
 
     writes = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         self.embed_dim: int = model.config.hidden_size
-        self.attention: list[Tensor] = []
 
     def __call__(self, window: Window, request: Any) -> Encoded:
         output = self.model.base_model(inputs_embeds=window.embeddings, output_attentions=True)
-        self.attention.append(torch.cat(output.attentions).float().cpu())
-        return Encoded(output[0], None)
+        return Encoded(output[0], torch.cat(output.attentions).float().cpu())
 
 
 @contextmanager

@@ -28,6 +28,9 @@ texts, or in both directions with a decoder that answers."""
 # they multiply what they look up themselves, and what is given to them not at all
 _SCALED_OUTSIDE = ("blenderbot-small", "falcon_h1", "mvp", "pegasus")
 
+# what configs call a layer that sees everything
+_GLOBAL = ("full_attention", "global")
+
 # among transformers' causal language models, but tokens see those behind them
 _LOOK_AHEAD = ("bert-generation", "xlnet")
 
@@ -243,15 +246,35 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return limit
 
 
+def whole_window_layers(model: PreTrainedModel, num_positions: int) -> tuple[bool, ...]:
+    """Tell which layers see all of a window.
+
+    Args:
+        model: A model in whose window the memory fits.
+        num_positions: Length of the window.
+
+    Returns:
+        An entry per layer: `False` for those that see the neighbours of a token alone.
+    """
+    kinds, reach = _layer_kinds(model), attention_reach(model)
+    if not kinds or reach is None or num_positions <= reach:
+        return (True,) * int(model.config.get_text_config().num_hidden_layers)
+    return tuple(kind in _GLOBAL for kind in kinds)
+
+
 def _has_global_layer(model: PreTrainedModel) -> bool:
     """Tell whether some layers, if not all, see the whole window: there memory is read and written.
 
     Returns:
         `False` where the config does not say.
     """
+    return any(kind in _GLOBAL for kind in _layer_kinds(model))
+
+
+def _layer_kinds(model: PreTrainedModel) -> list[str]:
     config = model.config.get_text_config()
     kinds = (getattr(config, name, None) or () for name in ("layer_types", "attention_layers"))
-    return any(kind in {"full_attention", "global"} for layers in kinds for kind in layers)
+    return [kind for layers in kinds for kind in layers]
 
 
 def attention_reach(model: PreTrainedModel) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,7 +33,9 @@ from byheart.config import write_text_atomic
 from byheart.training.task_config import TaskRunConfig
 
 if TYPE_CHECKING:
+    from byheart.data.tasks import TaskSample
     from byheart.evaluation.segments_result import SegmentsResult
+    from byheart.training.task_files import TrainedTask
 
 _LENGTHS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 PUBLISHED_ACCURACY: Mapping[Name, Mapping[int, float]] = {
@@ -56,6 +59,7 @@ Source:
 _QUICK_SEGMENTS = "1,2,4,8,16,32,64"
 # as in the report's figure
 _ATTENTION_SEGMENTS = 4
+_MOST_DOCUMENTS = 50
 
 SegmentsOption = Annotated[
     str | None, typer.Option(help="Lengths to measure; default: 1 to 4,096, quick: 1 to 64.")
@@ -155,23 +159,44 @@ def _write_attention(run: Path, out: Path, *, plot: bool) -> list[Path]:
     """Look at how memory is written, kept and read in one document (RMT report, Figure 6).
 
     Returns:
-        The files written.
+        The files written; none for a model without memory.
     """
-    from byheart.evaluation.memory_attention import memory_attention, plot_memory_attention
+    from byheart.evaluation.memory_attention import (
+        memory_attention,
+        plot_memory_attention,
+        plot_memory_gates,
+    )
     from byheart.training.task_files import load_task_run
 
     trained = load_task_run(run)
-    attention = memory_attention(trained.memory_model, trained.task.sample(0, _ATTENTION_SEGMENTS))
+    if not trained.run.memory.num_memory_tokens:
+        return []
+    attention = memory_attention(trained.memory_model, _kept_document(trained))
     files = [out / "attention.json"]
     write_text_atomic(files[0], json.dumps(attention.to_dict()) + "\n")
-    if plot:
+    if not plot:
+        return files
+    with suppress(ImportError):  # said already
         for name, head in attention.telling_heads().items():
             path = out / f"attention-{name}.png"
-            try:
-                files.append(plot_memory_attention(attention, head, path, title=name))
-            except ImportError:
-                break  # said already
+            files.append(plot_memory_attention(attention, head, path, title=name))
+        if attention.gates is not None:
+            files.append(plot_memory_gates(attention, out / "attention-gates.png", title="gates"))
     return files
+
+
+def _kept_document(trained: "TrainedTask") -> "TaskSample":
+    """Find a document whose facts all stand before the last segment: memory alone has them there.
+
+    Returns:
+        The first; without one, document 0.
+    """
+    samples = [trained.task.sample(index, _ATTENTION_SEGMENTS) for index in range(_MOST_DOCUMENTS)]
+    for sample in samples:
+        last_segment = sample.num_tokens - trained.run.segment_length
+        if all(position + len(fact) <= last_segment for position, fact in sample.facts):
+            return sample
+    return samples[0]
 
 
 def _measure(plan: _Plan, directory: Path) -> "SegmentsResult":
