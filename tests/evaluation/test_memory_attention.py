@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 
 from byheart.adapters.attention_maps import segment_attention
 from byheart.adapters.recurrent import RecurrentMemory
+from byheart.cli.reproduce_tasks import _write_attention
 from byheart.data.tasks import Task, TaskConfig, train_task_tokenizer
 from byheart.evaluation.memory_attention import (
     Head,
@@ -27,6 +29,7 @@ from byheart.evaluation.memory_attention import (
 )
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LENGTH, MEMORY, LAYERS, HEADS = 23, 5, 3, 2
 WINDOW = LENGTH + MEMORY + 3
 
@@ -275,3 +278,35 @@ def test_models_and_documents_without_such_attention_are_refused(task, model):
         segment_attention(decoder, torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="input_ids must hold at least one token"):
         segment_attention(model, torch.zeros(0, dtype=torch.long))
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    """The committed run of `reason`, looked at once more."""
+    folder = tmp_path_factory.mktemp("attention")
+    files = _write_attention(RESULTS / "reason" / "seed-0", folder, plot=True)
+    assert all(path.read_bytes() for path in files)
+    assert {path.name for path in files} == {
+        path.name for path in (RESULTS / "reason").glob("attention*")
+    }
+    return json.loads((folder / "attention.json").read_text())
+
+
+def test_the_committed_maps_of_reason_are_what_its_weights_do(committed):
+    published = json.loads((RESULTS / "reason" / "attention.json").read_text())
+    assert published["labels"] == committed["labels"]
+    # other processors round otherwise, which travels through four segments
+    for name in ("gates", "written", "kept", "read"):
+        torch.testing.assert_close(
+            torch.tensor(committed[name]), torch.tensor(published[name]), rtol=0, atol=2e-2
+        )
+
+
+def test_reason_keeps_its_facts_by_closing_the_gates(committed):
+    sees_all, gates = committed["sees_all"], torch.tensor(committed["gates"])
+    assert sees_all == [False, False, True, True]
+    assert all(sees_all[head["layer"]] for head in committed["heads"].values())
+    # the question finds in the memory what no segment of its own says
+    read = committed["heads"]["read"]
+    assert committed["read"][read["layer"]][read["head"]] > 0.5
+    assert gates[2:].max() == 0 < gates[:2].amin(dim=0).max()
