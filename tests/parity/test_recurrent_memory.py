@@ -122,6 +122,20 @@ def test_missing_metadata_is_named(copied):
         recurrent_differences(directory)
 
 
+def test_metadata_that_nothing_needs_may_say_anything(copied):
+    directory = copied("rmt_decoder_gpt2")
+    rewrite(directory, lambda _: None, {**DECODER, "format": "pt"})
+    assert max(recurrent_differences(directory).values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["segment_length", "num_memory_tokens", "sep"])
+def test_metadata_that_must_be_numbers_are_refused_otherwise(name, copied):
+    directory = copied("rmt_decoder_gpt2")
+    rewrite(directory, lambda _: None, {**DECODER, name: "many"})
+    with pytest.raises(DataError, match=rf"{name} in the metadata .* must be a number, got 'many'"):
+        recurrent_differences(directory)
+
+
 def test_model_that_does_not_fit_is_refused(copied):
     directory = copied("rmt_decoder_gpt2")
     rewrite(directory, lambda _: None, {"segment_length": "1600", "num_memory_tokens": "4"})

@@ -122,24 +122,33 @@ def _config(metadata: Mapping[str, str], path: Path) -> RecurrentMemoryConfig:
         Its config: encoders have the short segment first, decoders last.
 
     Raises:
-        DataError: If the metadata are incomplete.
+        DataError: If the metadata are incomplete, or what is needed of them is no number.
     """
-    try:
-        numbers = {name: int(value) for name, value in metadata.items()}
-        segment_length = numbers["segment_length"]
-        num_memory_tokens = numbers["num_memory_tokens"]
-    except (KeyError, ValueError) as error:
-        msg = f"The metadata in {path} must name segment_length and num_memory_tokens: {error}."
-        raise DataError(msg) from error
+    names = ("segment_length", "num_memory_tokens", "cls", "sep")
+    numbers = {name: _number(metadata, name, path) for name in names if name in metadata}
+    if not {"segment_length", "num_memory_tokens"} <= numbers.keys():
+        msg = (
+            f"The metadata in {path} must name segment_length and num_memory_tokens, they name "
+            f"{', '.join(sorted(metadata)) or 'nothing'}. Record it again."
+        )
+        raise DataError(msg)
     separator = (numbers["sep"],) if "sep" in numbers else ()
     return RecurrentMemoryConfig(
         alignment="right" if separator else "left",
         start_ids=(numbers["cls"],) if "cls" in numbers else (),
         separator_ids=separator,
         end_ids=separator,
-        segment_length=segment_length,
-        num_memory_tokens=num_memory_tokens,
+        segment_length=numbers["segment_length"],
+        num_memory_tokens=numbers["num_memory_tokens"],
     )
+
+
+def _number(metadata: Mapping[str, str], name: str, path: Path) -> int:
+    try:
+        return int(metadata[name])
+    except ValueError as error:
+        msg = f"{name} in the metadata in {path} must be a number, got {metadata[name]!r}."
+        raise DataError(msg) from error
 
 
 def _run(
