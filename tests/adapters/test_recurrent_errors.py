@@ -339,6 +339,14 @@ def test_labels_of_another_shape_are_refused_by_a_classifier(labels, expected, e
         encoder(draw(2, 9), labels=labels)
 
 
+@pytest.mark.parametrize(("labels", "met"), [([0, 5], "0 to 5"), ([-1, 4], "-1 to 4")])
+def test_classes_that_the_model_has_not_are_refused(labels, met, encoder, draw):
+    message = rf"labels must be -100 or between 0 and 4, got {met}\. Load .* \(num_labels\)"
+    with pytest.raises(ValueError, match=message):
+        encoder(draw(2, 9), labels=torch.tensor(labels))
+    encoder(draw(2, 9), labels=torch.tensor([-100, 4]))
+
+
 def test_labels_and_targets_exclude_each_other(decoder, draw):
     ids = draw(2, 9)
     with pytest.raises(ValueError, match="must not both be given"):

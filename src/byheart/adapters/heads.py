@@ -15,7 +15,7 @@ from byheart.adapters.window_models import AnswerRequest
 from byheart.models.recurrent_text import RowText, kept_columns, new_columns
 from byheart.models.segmentation import Step
 from byheart.models.text_output import TextOutput, TextRequest
-from byheart.ops.losses import IGNORED
+from byheart.ops.losses import IGNORED, require_labels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -371,7 +371,7 @@ def _class_loss(
         Its sum over rows, or rows and classes, and how many of them have a label.
 
     Raises:
-        ValueError: If the labels are of another shape, or no row has one.
+        ValueError: If the labels are of another shape or no class, or no row has one.
     """
     is_mean_square = logits.shape[1] == 1 or is_regression
     per_class = is_mean_square or labels.dtype.is_floating_point
@@ -388,6 +388,7 @@ def _class_loss(
             return functional.mse_loss(logits, labels, reduction="sum"), labels.numel()
         loss = functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
         return loss, labels.numel()
+    require_labels(labels, logits.shape[1], "Load the model with as many classes (num_labels).")
     labelled = labels != IGNORED
     if not bool(labelled.any()):
         msg = f"At least one row must have a label that is not {IGNORED}, got none."

@@ -42,7 +42,7 @@ def cross_entropy(
     if chunk_size < 1:
         msg = f"chunk_size must be at least 1, got {chunk_size}. Raise chunk_size."
         raise ValueError(msg)
-    _check_labels(labels, weight.shape[0])
+    require_labels(labels, weight.shape[0], "Use the tokenizer of the model.")
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))
@@ -58,19 +58,29 @@ def cross_entropy(
         return loss
 
 
-def _check_labels(labels: Tensor, vocab_size: int) -> None:
-    """Refuse labels outside of the vocabulary, without waiting for a GPU."""
+def require_labels(labels: Int[Tensor, "*shape"], num_entries: int, remedy: str) -> None:
+    """Refuse labels that are no index of an entry, without waiting for a GPU.
+
+    Args:
+        labels: Index of the true entry, or `IGNORED`.
+        num_entries: Entries of the vocabulary, or classes.
+        remedy: What to do about it, as a sentence.
+
+    Raises:
+        ValueError: If a label on the CPU is no entry; on CUDA such a label stops the program with
+            an assertion.
+    """
 
     def error() -> ValueError:
         return ValueError(
-            f"labels must be {IGNORED} or between 0 and {vocab_size - 1}, got "
-            f"{int(labels.min())} to {int(labels.max())}. Use the tokenizer of the model."
+            f"labels must be {IGNORED} or between 0 and {num_entries - 1}, got "
+            f"{int(labels.min())} to {int(labels.max())}. {remedy}"
         )
 
     known.require(
-        (labels == IGNORED) | ((labels >= 0) & (labels < vocab_size)),
+        (labels == IGNORED) | ((labels >= 0) & (labels < num_entries)),
         error,
-        "labels must be in the vocabulary",
+        "labels must be in the vocabulary, or among the classes",
     )
 
 
