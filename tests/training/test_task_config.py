@@ -56,6 +56,12 @@ def test_only_training_has_fragments():
         TaskPart(name="detect", form="report", fragments=0.25)
 
 
+def test_a_depth_may_be_as_long_as_the_longest_documents():
+    for settings in (["memory.bptt_depth=3"],
+                     ["memory.bptt_depth=5", "curriculum.continue_segments=5"]):  # fmt: skip
+        assert apply_overrides(task_run(), settings).memory.bptt_depth == int(settings[0][-1])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -79,6 +85,22 @@ def test_only_training_has_fragments():
         (["encoder.dropout=1"], "dropout must be at least 0 and below 1"),
         (["encoder.vocab_size=10"], "vocab_size must be at least 257"),
         (["memory.bptt_depth=0"], "memory: bptt_depth must be at least 1"),
+        (
+            ["memory.bptt_depth=4"],
+            r"memory\.bptt_depth must be at most the 3 segments of the longest documents .* got 4",
+        ),
+        (
+            ["memory.bptt_depth=6", "curriculum.continue_segments=5"],
+            "must be at most the 5 segments of the longest documents",
+        ),
+        (
+            [
+                "memory.bptt_depth=4",
+                "curriculum.continue_segments=5",
+                "curriculum.continue_steps=0",
+            ],
+            "must be at most the 3 segments of the longest documents",
+        ),
         (["memory.gate_bias_init=-1"], "gate_bias_init has no effect with update='replace'"),
         (["memory.gate_noise=0"], "gate_noise has no effect with update='replace', got 0"),
         (["memory.update=gated", "memory.gate_noise=-1"], "gate_noise must be at least 0, got -1"),

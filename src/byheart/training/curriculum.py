@@ -76,6 +76,12 @@ class CurriculumConfig:
         return self.max_segments - self.min_segments + 1
 
     @property
+    def longest(self) -> int:
+        """Segments of the longest documents of the whole run."""
+        continued = self.continue_segments if self.continue_steps else None
+        return continued or self.max_segments
+
+    @property
     def most_stage_steps(self) -> int:
         """Steps after which a stage is given up: `stage_steps`, up to the next evaluation."""
         return math.ceil(self.stage_steps / self.evaluate_every) * self.evaluate_every

@@ -363,6 +363,13 @@ class TaskRunConfig:
         if self.curriculum.lessons and self.task.name != "reason":
             msg = f"curriculum.lessons must be false for the task {self.task.name!r}, got true."
             raise ValueError(msg)
+        depth, longest = self.memory.bptt_depth, self.curriculum.longest
+        if depth is not None and depth > longest:
+            msg = (
+                f"memory.bptt_depth must be at most the {longest} segments of the longest documents"
+                f" (curriculum), got {depth}: it would cut nothing off. Use null for all segments."
+            )
+            raise ValueError(msg)
         self._check_write_cost()
         if self.segment_length < 1:
             msg = (
