@@ -120,6 +120,20 @@ def test_the_readme_examples_run(tmp_path):
         assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_the_examples_of_recurrent_memory_run(number, tmp_path):
+    blocks = python_blocks(ROOT / "docs" / "recurrent-memory.md")
+    assert len(blocks) == 3
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", blocks[number]],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_links_inside_the_documentation_exist():
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text(encoding="utf-8")):
