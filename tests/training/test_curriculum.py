@@ -142,6 +142,21 @@ def test_longer_documents_come_when_the_last_stage_was_reached_and_not_before():
     assert done.rate_share(40, "linear", 0, 0.5) == pytest.approx(0.5 * 6**-0.5)
 
 
+def test_beginnings_come_when_the_last_stage_was_reached_and_double_equally_often():
+    burn_in = {"burn_in_segments": 256, "burn_in_share": 0.25}
+    assert not any(after(1.0, 1.0, **burn_in).num_burn_in(0, step) for step in range(99))
+    done = after(1.0, 1.0, 1.0, **burn_in)
+    drawn = [done.num_burn_in(0, step) for step in range(8000)]
+    assert drawn == [done.num_burn_in(0, step) for step in range(8000)]
+    assert drawn != [done.num_burn_in(1, step) for step in range(8000)]
+    read = [count for count in drawn if count]
+    assert len(read) / 8000 == pytest.approx(0.25, abs=0.02)
+    assert (min(read), max(read)) == (1, 256)
+    shares = [sum(low < count <= 4 * low for count in read) / len(read) for low in (4, 16, 64)]
+    assert shares == pytest.approx([0.25] * 3, abs=0.04)
+    assert not any(after(1.0, 1.0, 1.0).num_burn_in(0, step) for step in range(99))
+
+
 def test_lengths_follow_from_seed_and_step_alone():
     curriculum = after(1.0, 1.0)
     drawn = [curriculum.num_segments(0, step) for step in range(40)]
@@ -175,6 +190,9 @@ def test_the_rate_falls_with_the_length_of_the_stage():
         ({"max_segments": 0}, "max_segments must be at least 1, got 0"),
         ({"continue_segments": 2}, "continue_segments must be at least 3, got 2"),
         ({"stage_steps": 9}, "stage_steps must be at least 10, got 9"),
+        ({"burn_in_segments": -1}, "burn_in_segments must be at least 0, got -1"),
+        ({"burn_in_rows": 0}, "burn_in_rows must be at least 1, got 0"),
+        ({"burn_in_share": 1.5}, "burn_in_share must be between 0 and 1, got 1.5"),
         ({"stage_share": 1.5}, "stage_share must be between 0 and 1, got 1.5"),
         ({"advance_accuracy": 99.5}, "advance_accuracy must be between 0 and 1, got 99.5"),
     ],

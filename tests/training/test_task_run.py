@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from task_setup import numbers_of, task_part, task_run
@@ -15,13 +16,14 @@ from training_setup import metrics_of
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from byheart.config import load_config
-from byheart.data.tasks import collate
+from byheart.data.tasks import collate, draw_burn_in
 from byheart.data.tasks.facts import is_direct, is_hard, people_sentences
 from byheart.errors import CheckpointError, DataError
 from byheart.evaluation.segments import evaluate_by_segments
 from byheart.memory.files import load_directory
 from byheart.models.fingerprint import model_fingerprint
 from byheart.training import task_trainer
+from byheart.training.burn_in import read_beginnings
 from byheart.training.stages import kept_stages
 from byheart.training.stop import TrainingInterruptedError
 from byheart.training.task_config import TaskRunConfig
@@ -114,6 +116,61 @@ def test_without_its_curriculum_the_resumed_run_would_be_another(whole, tmp_path
     with contextlib.suppress(TrainingInterruptedError):
         train_task(RUN, out, resume=True)
     assert metrics_of(out) != metrics_of(whole)
+
+
+def test_what_was_read_before_is_resumed_and_changes_what_is_learned(tmp_path):
+    found = {}
+    for burn_in_segments in (0, 9):
+        run = task_run(
+            curriculum={
+                "burn_in_segments": burn_in_segments, "burn_in_rows": 2, "burn_in_share": 1.0,
+                "continue_steps": 6,
+            },
+            training={"keep_checkpoints": 9, "save_every": 2},
+        )  # fmt: skip
+        out = tmp_path / str(burn_in_segments)
+        train_task(run, out)
+        found[burn_in_segments] = weights_of(out)
+    assert found[0] != found[9]
+    shutil.rmtree(out / f"checkpoint-{steps_of(out)[-1]}")
+    shutil.rmtree(out / f"checkpoint-{steps_of(out)[-1]}")
+    before = numbers_of(out)
+    assert train_task(run, out, resume=True).resumed_from == steps_of(out)[-3]
+    assert weights_of(out) == found[9]
+    assert numbers_of(out) == before
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_reading_a_beginning_first_is_reading_the_document(precision):
+    run = task_run(training={"precision": precision}, encoder={"init_std": 0.5})
+    tokenizer = make_tokenizer(run)
+    task = make_task(run, tokenizer.tokenizer, is_training=True)
+    memory_model = make_memory_model(run, tokenizer, task.num_labels).eval()
+    length = run.segment_length
+    documents = draw_burn_in(
+        task, range(5), (0,), num_beginnings=2, burn_in_segments=67, num_segments=2
+    )
+    state = read_beginnings(memory_model, documents, precision=precision)
+    assert not state.memory.requires_grad
+    whole = [
+        np.concatenate([documents.beginnings[group].tokens(0, 67 * length), ending.tokens(0, 40)])
+        for ending, group in zip(documents.endings, documents.groups, strict=True)
+    ]
+    endings = [ending.tokens(0, 40) for ending in documents.endings]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        one, two = (
+            memory_model(torch.from_numpy(np.stack(rows).astype(np.int64)), state=before).logits
+            for rows, before in ((whole, None), (endings, state))
+        )
+        alone = memory_model(torch.from_numpy(np.stack(endings).astype(np.int64))).logits
+    close = {"rtol": 0, "atol": 1e-5 if precision == "float32" else 0.1}
+    torch.testing.assert_close(two, one, **close)
+    assert not torch.allclose(two, alone, **close)
+
+
+def test_beginnings_of_documents_cut_from_the_end_are_refused():
+    with pytest.raises(ValueError, match=r"burn_in_segments must be 0 for task.form='report'"):
+        task_run(task={"form": "report"}, curriculum={"burn_in_segments": 8})
 
 
 def test_what_is_kept_is_the_running_average_of_the_weights(tmp_path):

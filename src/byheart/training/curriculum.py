@@ -13,6 +13,9 @@ __all__ = ["Curriculum", "CurriculumConfig", "Evaluation", "Outcome"]
 
 Outcome = Literal["running", "reached", "not reached"]
 
+# apart from the randomness of the lengths
+_BURN_IN_SEED = 1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurriculumConfig:
@@ -44,6 +47,14 @@ class CurriculumConfig:
     continue_segments: int | None = None
     """Segments of the longest documents in those steps; `None` for `max_segments`. What is kept
     over many more segments than were ever read in training wears away."""
+    burn_in_segments: int = 0
+    """Segments, at most, that are read before a document without a gradient in those steps: from 1
+    to so many, as often 1 to 2 as 2 to 4 and so on; 0 for none. What the memory becomes in so many
+    segments, in which perhaps nothing happens, no shorter document shows."""
+    burn_in_share: float = 0.5
+    """Share of the steps with such a beginning."""
+    burn_in_rows: int = 4
+    """Different beginnings of a forward pass; its documents share them, so they cost little."""
     keep_stages: bool = False
     """Whether the model is kept as it was when each stage was reached. That is a whole model per
     stage: 3 GB for a BERT and 7 stages, and only their comparison needs it."""
@@ -56,11 +67,13 @@ class CurriculumConfig:
             ("evaluate_samples", 1),
             ("stage_steps", self.evaluate_every),
             ("continue_steps", 0),
+            ("burn_in_segments", 0),
+            ("burn_in_rows", 1),
         ):
             require_at_least(name, getattr(self, name), least)
         if self.continue_segments is not None:
             require_at_least("continue_segments", self.continue_segments, self.max_segments)
-        for name in ("stage_share", "advance_accuracy"):
+        for name in ("stage_share", "advance_accuracy", "burn_in_share"):
             if not 0 <= getattr(self, name) <= 1:
                 msg = f"{name} must be between 0 and 1, got {getattr(self, name)}."
                 raise ValueError(msg)
@@ -212,6 +225,24 @@ class Curriculum:
         if generator.random() < self.config.stage_share:
             return longest
         return int(generator.integers(self.config.min_segments, longest + 1))
+
+    def num_burn_in(self, seed: int, step: int) -> int:
+        """Choose how many segments are read before the documents of a step.
+
+        Args:
+            seed: Of the run.
+            step: Optimizer steps done before.
+
+        Returns:
+            Segments, the same for all documents of the step; 0 for none.
+        """
+        most = self.config.burn_in_segments
+        if self.saturated_at is None or not most:
+            return 0
+        generator = np.random.default_rng((seed, step, _BURN_IN_SEED))
+        if generator.random() >= self.config.burn_in_share:
+            return 0
+        return round(math.exp(generator.uniform(0, math.log(most))))
 
     def rate_share(
         self,

@@ -7,6 +7,7 @@ from byheart.data.tasks import TaskConfig, TaskForm, TaskName
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.training.config import TrainingConfig, require_at_least
 from byheart.training.curriculum import CurriculumConfig
+from byheart.training.encoder_config import EncoderConfig
 
 __all__ = [
     "CurriculumConfig",
@@ -101,69 +102,6 @@ class TaskPart:
         if self.fragments is not None:
             return self.fragments
         return _FRAGMENTS if self.form == "clean" else 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncoderConfig:
-    """An encoder with random weights; with the defaults it has about a million parameters."""
-
-    architecture: Literal["modernbert", "bert"] = "modernbert"
-    """ModernBERT or, as in the report, BERT. ModernBERT's rotary positions find what stands *near*
-    a word sooner than BERT's learned ones."""
-    num_layers: int = 4
-    """Layers."""
-    num_local_layers: int = 0
-    """First layers in which a token sees only its neighbours; ModernBERT only. What belongs to a
-    word stands near it, and there no background hides it."""
-    local_reach: int = 6
-    """Neighbours on each side that those layers see."""
-    pooling: Literal["cls", "mean"] = "cls"
-    """What the answer is read from: `[CLS]`, or the mean over the window, so that any token can
-    give it; the latter ModernBERT only."""
-    init_std: float = 0.02
-    """Standard deviation of the first weights. With the usual 0.02 a layer of this width hardly
-    changes what it reads; larger ones learn sooner what several layers must do together."""
-    embed_dim: int = 128
-    """Width of embeddings and hidden states."""
-    num_heads: int = 4
-    """Attention heads per layer."""
-    hidden_dim: int = 256
-    """Width inside the feed-forward layers; ModernBERT's have a gate of the same width."""
-    vocab_size: int = 2048
-    """Tokens to learn at most, from background and facts."""
-    dropout: float = 0.0
-    """Share of hidden states and attention weights that training sets to 0."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_layers", "embed_dim", "num_heads", "hidden_dim"):
-            require_at_least(name, getattr(self, name), 1)
-        require_at_least("vocab_size", self.vocab_size, 257)
-        require_at_least("local_reach", self.local_reach, 1)
-        most = self.num_layers - 1 if self.architecture == "modernbert" else 0
-        if not 0 <= self.num_local_layers <= most:
-            msg = (
-                f"num_local_layers must be between 0 and {most} for {self.num_layers} layers of "
-                f"{self.architecture}, got {self.num_local_layers}: the last layer must see the "
-                "memory, and only ModernBERT has such layers."
-            )
-            raise ValueError(msg)
-        if self.architecture == "bert" and self.pooling != "cls":
-            msg = f"pooling must be 'cls' for bert, got {self.pooling!r}. Use modernbert."
-            raise ValueError(msg)
-        if not 0 < self.init_std < 1:
-            msg = f"init_std must be above 0 and below 1, got {self.init_std}."
-            raise ValueError(msg)
-        # rotary positions turn pairs of numbers
-        unit = self.num_heads * (2 if self.architecture == "modernbert" else 1)
-        if self.embed_dim % unit:
-            msg = (
-                f"embed_dim must be a multiple of {unit} for {self.num_heads} heads of "
-                f"{self.architecture}, got {self.embed_dim}."
-            )
-            raise ValueError(msg)
-        if not 0 <= self.dropout < 1:
-            msg = f"dropout must be at least 0 and below 1, got {self.dropout}."
-            raise ValueError(msg)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -368,6 +306,12 @@ class TaskRunConfig:
             msg = (
                 f"memory.bptt_depth must be at most the {longest} segments of the longest documents"
                 f" (curriculum), got {depth}: it would cut nothing off. Use null for all segments."
+            )
+            raise ValueError(msg)
+        if self.curriculum.burn_in_segments and self.task.form != "clean":
+            msg = (
+                "curriculum.burn_in_segments must be 0 for task.form='report', whose documents are "
+                f"cut from the end, got {self.curriculum.burn_in_segments}. Use 'clean'."
             )
             raise ValueError(msg)
         self._check_write_cost()

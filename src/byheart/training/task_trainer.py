@@ -17,6 +17,7 @@ from byheart.adapters.recurrent import RecurrentMemory
 from byheart.data.tasks import Task, collate
 from byheart.evaluation.segments import count_right
 from byheart.memory.files import load_directory, save_directory
+from byheart.training.burn_in import draw_documents
 from byheart.training.callbacks import TrainEvent
 from byheart.training.checkpoint import (
     MODEL,
@@ -131,12 +132,17 @@ class TaskTrainer(ResumableTrainer):
             Mean loss of the documents.
         """
         assert not return_outputs
-        seed, step = self.run.training.seed, self.state.global_step
-        num_segments = self.curriculum.num_segments(seed, step)
-        task = self._documents[0]
-        samples = [task.sample(index, num_segments) for index in inputs["index"].tolist()]
+        samples, state = draw_documents(
+            self.memory_model,
+            self._documents[0],
+            inputs["index"].tolist(),
+            self.curriculum,
+            step=self.state.global_step,
+            seed=self.run.training.seed,
+            precision=self.run.training.precision,
+        )
         batch = {name: part.to(self.args.device) for name, part in collate(samples).items()}
-        out = model(**batch)
+        out = model(**batch, state=state)
         loss: Tensor = out.loss
         count = torch.tensor(len(samples), device=self.args.device)
         self._meter.add(loss * count, count, batch["attention_mask"].sum())

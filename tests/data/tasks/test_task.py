@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from byheart.config import from_dict, to_dict
-from byheart.data.tasks import Task, TaskConfig, collate, pad_questions, train_task_tokenizer
+from byheart.data.tasks import (
+    Task,
+    TaskConfig,
+    collate,
+    draw_burn_in,
+    pad_questions,
+    train_task_tokenizer,
+)
 from byheart.data.tasks.facts import KEYS, RELATION_ROOMS, ROOMS
 from byheart.data.tokenize import ByteTokenizer
 
@@ -373,3 +380,53 @@ def test_as_many_questions_are_asked_as_there_are(make, words, tmp_path):
     assert len({group[0] for group in groups}) > 9
     labels = [{sample.label for sample in samples[start : start + 3]} for start in range(0, 90, 3)]
     assert max(map(len, labels)) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_documents_with_shared_beginnings_have_their_facts_in_one_of_two_parts(make, name):
+    task = make(name, fragments=1.0, any_length=True)
+    least = task.min_segments
+    kinds = Counter()
+    for step in range(12):
+        documents = draw_burn_in(
+            task,
+            range(8 * step, 8 * step + 8),
+            (0, step),
+            num_beginnings=3,
+            burn_in_segments=least + 8,
+            num_segments=least + 1,
+        )
+        assert documents.groups == [0, 0, 0, 1, 1, 1, 2, 2]
+        assert len(documents.beginnings) == 3
+        for beginning in documents.beginnings:
+            # whole segments, so that the ending begins with the next
+            assert len(whole(beginning)) == 23 * (least + 8)
+            assert beginning.question_length == 0
+        for index, (ending, group) in enumerate(
+            zip(documents.endings, documents.groups, strict=True), 8 * step
+        ):
+            beginning, alone = documents.beginnings[group], task.sample(index, least + 1)
+            kinds[bool(beginning.facts)] += 1
+            kinds["fragments"] += bool(beginning.fragments)
+            assert ending.num_tokens == alone.num_tokens
+            if beginning.facts:
+                source = task.sample(8 * step + documents.groups.index(group), least + 8)
+                assert ending.facts == ()
+                assert beginning.fact_positions == source.fact_positions
+                assert ending.label == source.label
+                np.testing.assert_array_equal(ending.question, source.question)
+            else:
+                assert ending.fact_positions == alone.fact_positions
+                assert ending.label == alone.label
+            ids = whole(ending)
+            np.testing.assert_array_equal(ids[len(ids) - ending.question_length :], ending.question)
+    assert min(kinds[True], kinds[False], kinds["fragments"]) > 24
+    assert kinds["fragments"] < 72
+
+
+def test_no_more_beginnings_than_documents(make):
+    documents = draw_burn_in(
+        make("detect"), [5, 6], (0,), num_beginnings=4, burn_in_segments=1, num_segments=1
+    )
+    assert documents.groups == [0, 1]
+    assert len(documents.beginnings) == 2

@@ -1,0 +1,82 @@
+"""Long documents that share their beginnings, so that these are cheap to read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from byheart.data.tasks.sample import TaskSample
+from byheart.data.tasks.task import Task
+
+__all__ = ["BurnIn", "draw_burn_in"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BurnIn:
+    """Documents in two parts."""
+
+    beginnings: list[TaskSample]
+    """Whole segments without a question, all of the same length."""
+    endings: list[TaskSample]
+    """What follows them, with the question."""
+    groups: list[int]
+    """Which of the beginnings each ending follows."""
+
+
+def draw_burn_in(
+    task: Task,
+    indices: Sequence[int],
+    seed: tuple[int, ...],
+    *,
+    num_beginnings: int,
+    burn_in_segments: int,
+    num_segments: int,
+) -> BurnIn:
+    """Draw documents that share their beginnings.
+
+    Half of the beginnings hold the facts, and the others none. So a reader learns to keep what it
+    has read long ago, and to read it after a long time without any. Half of them, whether with
+    facts or not, hold the fragments of the task: documents of evaluation have none.
+
+    Args:
+        task: The documents, in clean form.
+        indices: Which of them.
+        seed: Non-negative numbers that decide which beginnings hold facts, and which fragments.
+        num_beginnings: Different beginnings, at most as many as documents.
+        burn_in_segments: Segments of a beginning.
+        num_segments: Segments of an ending.
+
+    Returns:
+        One ending per index. Endings of beginnings with facts have none of their own, and ask for
+        those.
+
+    Source:
+        Kapturowski et al. 2019, Recurrent Experience Replay in Distributed Reinforcement Learning,
+        which calls it burn-in.
+    """
+    num_beginnings = min(num_beginnings, len(indices))
+    groups = [place * num_beginnings // len(indices) for place in range(len(indices))]
+    whole = [
+        task.sample(indices[groups.index(group)], burn_in_segments)
+        for group in range(num_beginnings)
+    ]
+    draws = np.random.default_rng(seed).random((2, num_beginnings)) < 0.5
+    has_facts, has_fragments = draws.tolist()
+    endings = []
+    for index, group in zip(indices, groups, strict=True):
+        ending, before = task.sample(index, num_segments), whole[group]
+        if has_facts[group]:
+            ending = replace(ending, facts=(), question=before.question, label=before.label)
+        endings.append(ending)
+    num_tokens = burn_in_segments * task.config.segment_length
+    beginnings = [
+        replace(
+            before,
+            num_tokens=num_tokens,
+            question=before.question[:0],
+            facts=before.facts if has_facts[group] else (),
+            fragments=before.fragments if has_fragments[group] else (),
+        )
+        for group, before in enumerate(whole)
+    ]
+    return BurnIn(beginnings=beginnings, endings=endings, groups=groups)
