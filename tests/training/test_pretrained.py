@@ -21,6 +21,7 @@ from byheart.training.config import (
     PretrainedConfig,
     RunConfig,
 )
+from byheart.training.models import make_model
 from byheart.training.run import train
 
 SENTENCE = "The old key opens the new door. "
@@ -131,6 +132,34 @@ def test_what_does_not_fit_is_refused(run, tmp_path):
     path = str(tmp_path / "small")
     with pytest.raises(ValueError, match="at most the 30 tokens of"):
         train(replace(run, pretrained=replace(run.pretrained, path=path)), tmp_path / "run")
+
+
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_a_checkpoint_in_half_precision_is_trained_in_float32(from_scratch, run, llama, tmp_path):
+    half = LlamaForCausalLM.from_pretrained(llama).to(torch.bfloat16)
+    half.save_pretrained(llama)
+    assert json.loads((llama / "config.json").read_text())["dtype"] == "bfloat16"
+    # steps that bfloat16 would round away
+    run = replace(
+        run,
+        pretrained=replace(run.pretrained, from_scratch=from_scratch),
+        training=replace(run.training, max_steps=2, learning_rate=1e-7, weight_decay=0.0),
+    )
+    torch.manual_seed(run.training.seed)
+    before = make_model(run, 256)
+    assert {weight.dtype for weight in before.parameters()} == {torch.float32}
+    assert before.cache_dtype == torch.float32
+    result = train(run, tmp_path / "run")
+    after = load_attached(None, result.model_dir)
+    assert {weight.dtype for weight in after.parameters()} == {torch.float32}
+    weights = [one.model.lm_head.weight for one in (before, after)]
+    change = (weights[0] - weights[1]).abs().max().item()
+    assert 0 < change < 1e-6
+    if not from_scratch:
+        torch.testing.assert_close(weights[0], half.lm_head.weight.float(), atol=0, rtol=0)
+    # a run goes on with the weights as they were
+    longer = replace(run, training=replace(run.training, max_steps=3))
+    assert train(longer, tmp_path / "run", resume=True).resumed_from == 2
 
 
 def test_short_texts_are_measured_before_and_after(run, llama, tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
@@ -53,11 +54,15 @@ def count_layers(source: str | os.PathLike[str]) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def load_transformer(directory: str | os.PathLike[str]) -> PreTrainedModel:
+def load_transformer(
+    directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Load a model as the class that its config names.
 
     Args:
         directory: A Hugging Face checkpoint on this machine.
+        dtype: Precision of the weights; `None` for the checkpoint's own. What an optimizer changes
+            should be float32: most steps are smaller than what bfloat16 can add to a weight.
 
     Returns:
         The model, in evaluation mode.
@@ -75,7 +80,9 @@ def load_transformer(directory: str | os.PathLike[str]) -> PreTrainedModel:
         if model_class is None:
             msg = f"config.json in {directory} must name a class of transformers, got {name}."
             raise CheckpointError(msg)
-        model = model_class.from_pretrained(directory, local_files_only=True)
+        model = model_class.from_pretrained(
+            directory, local_files_only=True, dtype="auto" if dtype is None else dtype
+        )
     except (OSError, ValueError) as error:
         msg = f"{directory} cannot be read as a Hugging Face model: {error}"
         raise CheckpointError(msg) from error

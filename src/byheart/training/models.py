@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from byheart.adapters.loading import load_transformer
@@ -121,9 +122,10 @@ def load_model_weights(model: TrainableModel, directory: Path) -> None:
 
 
 def _transformer(config: PretrainedConfig) -> Any:
+    # a checkpoint may be in half precision, in which most steps of an optimizer are lost
     if not config.from_scratch:
-        return load_transformer(config.path)
-    return AutoModelForCausalLM.from_config(_config(config))
+        return load_transformer(config.path, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(_config(config), dtype=torch.float32)
 
 
 def _config(config: PretrainedConfig) -> Any:
