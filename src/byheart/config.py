@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 
+from byheart.choices import require_choice
+
 __all__ = [
     "apply_overrides",
     "from_dict",
@@ -266,13 +268,8 @@ def _convert_union(annotation: Any, value: object, path: str) -> object:
 
 
 def _convert_literal(choices: Sequence[object], value: object, path: str) -> object:
-    for choice in choices:
-        # 1 == True in Python
-        if type(choice) is type(value) and choice == value:
-            return choice
-    names = ", ".join(repr(choice) for choice in choices)
-    msg = f"{path} must be one of {names}, got {value!r}."
-    raise ValueError(msg)
+    require_choice(path, value, choices)
+    return value
 
 
 def _convert_tuple(item_types: tuple[Any, ...], value: object, path: str) -> object:

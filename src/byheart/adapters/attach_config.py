@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from byheart.choices import require_choices
 from byheart.memory.config import KnnMemoryConfig
 
 
@@ -38,6 +39,7 @@ class AttachConfig:
     `normalize_qk`."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         if self.xl_cache_length < 0:
             msg = f"xl_cache_length must be 0 (none) or more, got {self.xl_cache_length}."
             raise ValueError(msg)

@@ -19,11 +19,12 @@ Source:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Int32
 
+from byheart.choices import require_choices
 from byheart.data.tasks.facts import KEYS, Story
 from byheart.data.tasks.placement import place_anywhere
 from byheart.data.tasks.sample import TaskSample
@@ -56,10 +57,7 @@ class ProbeConfig:
     byheart."""
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(ProbeName):
-            names = ", ".join(map(repr, get_args(ProbeName)))
-            msg = f"name must be one of {names}, got {self.name!r}."
-            raise ValueError(msg)
+        require_choices(self)
         if not 2 <= self.num_keys <= len(KEYS):
             msg = f"num_keys must be between 2 and {len(KEYS)}, got {self.num_keys}."
             raise ValueError(msg)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from byheart.choices import require_choices
+
 __all__ = ["NAMED_SHAPES", "ModelKind", "ModelShape"]
 
 ModelKind = Literal["decoder", "encoder"]
@@ -37,6 +39,7 @@ class ModelShape:
     """Whether the feed-forward block has three products (SwiGLU and its kin) and not two."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         for name in (
             "num_layers", "embed_dim", "hidden_dim", "num_heads", "vocab_size", "num_kv_heads",
             "head_dim", "embedding_dim",

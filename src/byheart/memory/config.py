@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from byheart.choices import require_choices
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnnMemoryConfig:
@@ -37,6 +39,7 @@ class KnnMemoryConfig:
     """Precision of the stored keys and values."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         if not self.layers:
             msg = "knn_memory.layers must name at least one layer. Pass knn_memory=None for none."
             raise ValueError(msg)

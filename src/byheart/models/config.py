@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from byheart.choices import require_choices
 from byheart.memory.config import KnnMemoryConfig
 from byheart.memory.layout import MemoryLayout
 
@@ -56,6 +57,7 @@ class DecoderConfig:
     """The kNN memory; `None` for a plain decoder or Transformer-XL."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         for name in (
             "vocab_size",
             "num_layers",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from byheart.choices import require_choices
 from byheart.ops.segments import Alignment
 
 
@@ -52,6 +53,7 @@ class RecurrentMemoryConfig:
     relative to its own standard deviation."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         for name, least in (("segment_length", 1), ("num_memory_tokens", 0)):
             value = getattr(self, name)
             if value < least:

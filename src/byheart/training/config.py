@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from byheart.adapters.attach_config import AttachConfig
+from byheart.choices import require_choices
 from byheart.data.documents import FolderAs, OnBad
 from byheart.models.config import DecoderConfig, preset
 
@@ -76,6 +77,7 @@ class TrainingConfig:
     """Steps between log lines."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         for name, least in (
             ("rows_per_device", 1),
             ("accumulation_steps", 1),
@@ -196,6 +198,9 @@ class PretrainedConfig:
     """Keep no activations of the layers and compute them again in the backward pass: less memory,
     about a third more time, the same gradients."""
 
+    def __post_init__(self) -> None:
+        require_choices(self)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
@@ -226,6 +231,7 @@ class DataConfig:
     """Training reads only this many tokens of longer documents; `None` for all."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         kind, colon, size = self.tokenizer.partition(":")
         if kind == "bpe" and colon and not size.isdecimal():
             msg = (

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from byheart.choices import require_choices
 from byheart.training.config import require_at_least
 
 __all__ = ["Curriculum", "CurriculumConfig", "Evaluation", "Outcome"]
@@ -60,6 +61,7 @@ class CurriculumConfig:
     stage: 3 GB for a BERT and 7 stages, and only their comparison needs it."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         for name, least in (
             ("min_segments", 1),
             ("max_segments", self.min_segments),

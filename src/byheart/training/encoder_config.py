@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from byheart.choices import require_choices
 from byheart.training.config import require_at_least
 
 __all__ = ["EncoderConfig"]
@@ -40,6 +41,7 @@ class EncoderConfig:
     """Share of hidden states and attention weights that training sets to 0."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         for name in ("num_layers", "embed_dim", "num_heads", "hidden_dim"):
             require_at_least(name, getattr(self, name), 1)
         require_at_least("vocab_size", self.vocab_size, 257)

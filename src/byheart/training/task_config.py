@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from byheart.choices import require_choices
 from byheart.data.tasks import TaskConfig, TaskForm, TaskName
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.training.config import TrainingConfig, require_at_least
@@ -210,6 +211,7 @@ class TaskTrainingConfig:
     """Steps between log lines."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require_at_least("seed", self.seed, 0)
         require_at_least("length_decay", self.length_decay, 0)
         require_at_least("write_cost", self.write_cost, 0)

@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
+
+from byheart.choices import require_choices
 
 __all__ = ["TaskConfig", "TaskForm", "TaskName"]
 
@@ -43,11 +45,7 @@ class TaskConfig:
     `None` takes the stories that come with byheart, of which those of the splits differ."""
 
     def __post_init__(self) -> None:
-        for field, choices in (("name", get_args(TaskName)), ("form", get_args(TaskForm))):
-            if getattr(self, field) not in choices:
-                names = ", ".join(map(repr, choices))
-                msg = f"{field} must be one of {names}, got {getattr(self, field)!r}."
-                raise ValueError(msg)
+        require_choices(self)
         if self.segment_length < 1:
             msg = f"segment_length must be at least 1, got {self.segment_length}."
             raise ValueError(msg)

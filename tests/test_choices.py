@@ -1,0 +1,85 @@
+"""A word that is none of the choices is refused by every config, and the choices are named."""
+
+import importlib
+import pkgutil
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import jaxtyping
+import pytest
+
+import byheart
+from byheart.adapters.attach_config import AttachConfig
+from byheart.data.probes import ProbeConfig
+from byheart.data.tasks import TaskConfig
+from byheart.evaluation.flops_shapes import NAMED_SHAPES
+from byheart.memory.config import KnnMemoryConfig
+from byheart.models.config import DecoderConfig
+from byheart.models.recurrent_config import RecurrentMemoryConfig
+from byheart.training.config import DataConfig, ModelConfig, PretrainedConfig, TrainingConfig
+from byheart.training.task_config import (
+    CurriculumConfig,
+    EncoderConfig,
+    MemoryPart,
+    TaskPart,
+    TaskTrainingConfig,
+)
+
+CONFIGS: list[Any] = [
+    AttachConfig(),
+    KnnMemoryConfig(layers=(0,)),
+    DecoderConfig(vocab_size=7),
+    RecurrentMemoryConfig(segment_length=5),
+    ProbeConfig(name="passkey"),
+    TaskConfig(name="memorize", segment_length=50),
+    TrainingConfig(),
+    ModelConfig(),
+    PretrainedConfig(path="folder"),
+    DataConfig(train="texts"),
+    CurriculumConfig(),
+    EncoderConfig(),
+    MemoryPart(),
+    TaskPart(name="memorize"),
+    TaskTrainingConfig(),
+    next(iter(NAMED_SHAPES.values())),
+]
+
+
+def choices_of(cls):
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls) if get_origin(hints[f.name]) is Literal}
+
+
+@pytest.fixture
+def without_typechecks(monkeypatch):
+    """Let values through that the suite's type checks refuse, and users have not."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+CASES = [(config, name) for config in CONFIGS for name in choices_of(type(config))]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"), CASES, ids=[f"{type(config).__name__}.{name}" for config, name in CASES]
+)
+@pytest.mark.usefixtures("without_typechecks")
+def test_another_word_is_refused(config, name):
+    choices = get_args(choices_of(type(config))[name])
+    listed = ", ".join(map(repr, choices))
+    with pytest.raises(ValueError, match=rf"{name} must be one of {listed}, got 'tahn'\."):
+        replace(config, **{name: "tahn"})
+    # another word may need another field: only the config's own is sure to fit
+    replace(config, **{name: getattr(config, name)})
+
+
+def test_no_config_is_left_out():
+    found = set()
+    for module in pkgutil.walk_packages(byheart.__path__, "byheart."):
+        name = module.name
+        if name.rpartition(".")[2].endswith(("_kernels", "faiss_index", "store_machine", "plots")):
+            continue
+        for thing in vars(importlib.import_module(name)).values():
+            if isinstance(thing, type) and is_dataclass(thing) and thing.__module__ == name:
+                found.add(thing)
+    configs = {one for one in found if one.__name__.endswith(("Config", "Part", "Shape"))}
+    assert {one for one in configs if choices_of(one)} == {type(config) for config in CONFIGS}
