@@ -117,6 +117,18 @@ def test_a_row_is_what_it_is_alone(attachable, cache, draw):
         torch.testing.assert_close(mine, alone.logits, atol=2e-5, rtol=1e-5)
 
 
+def test_without_document_start_all_rows_go_on(tiny_model, draw):
+    memory_model = opened(tiny_model("llama"), xl_cache_length=SEGMENT)
+    read = read_tokens(memory_model, draw(2, 2 * SEGMENT), memory_model.new_state(2)).state
+    ids = draw(2, SEGMENT, seed=2)
+    left_out = memory_model(ids, state=read.fork())
+    for starts, goes_on in (([False, False], [True, True]), ([False, True], [True, False])):
+        told = memory_model(ids, state=read.fork(), document_start=torch.tensor(starts))
+        same = [torch.equal(told.logits[row], left_out.logits[row]) for row in range(2)]
+        assert same == goes_on
+    assert not left_out.new_entries.document_start.any()
+
+
 def test_an_xl_cache_is_full_attention_over_both_segments(attachable, draw):
     model = attachable.build()
     ids = draw(2, 2 * SEGMENT)

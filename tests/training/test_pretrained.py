@@ -5,15 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_setup import training_config
+from training_setup import VOCAB, make_dataset, training_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from byheart import read_tokens
+from byheart.adapters.attach import attach
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.memory_saving import load_attached
+from byheart.data.rows import collate
 from byheart.data.token_cache import tokenize_corpus
 from byheart.data.tokenize import ByteTokenizer
 from byheart.errors import CheckpointError
 from byheart.memory.config import KnnMemoryConfig
+from byheart.training.arguments import training_arguments
 from byheart.training.config import (
     DataConfig,
     EvaluationConfig,
@@ -23,6 +27,8 @@ from byheart.training.config import (
 )
 from byheart.training.models import make_model
 from byheart.training.run import train
+from byheart.training.trainer import MemoryTrainer
+from byheart.training.wrapper import TrainedModel
 
 SENTENCE = "The old key opens the new door. "
 
@@ -160,6 +166,50 @@ def test_a_checkpoint_in_half_precision_is_trained_in_float32(from_scratch, run,
     # a run goes on with the weights as they were
     longer = replace(run, training=replace(run.training, max_steps=3))
     assert train(longer, tmp_path / "run", resume=True).resumed_from == 2
+
+
+def test_documents_of_a_row_are_kept_apart(tmp_path):
+    torch.manual_seed(5)
+    shape = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    memory_model = attach(
+        LlamaForCausalLM(shape), knn=KnnMemoryConfig(layers=(1,), memory_size=23, top_k=4),
+        segment_length=7, xl_cache_length=7, gate_init=0.5,
+    )  # fmt: skip
+    with torch.no_grad():
+        for weight in memory_model.model.parameters():
+            # so that attention is not flat
+            weight.mul_(8) if weight.ndim > 1 else None
+    # steps so small that the model stays what it is
+    config = training_config(max_steps=20, rows_per_device=1, learning_rate=1e-12)
+    dataset = make_dataset(config)
+    alone, mixed, read = [], [], torch.zeros(1, 0, dtype=torch.long)
+    for item in map(dataset.__getitem__, range(20)):
+        new, labels = (item[name][None, : item["num_tokens"]] for name in ("input_ids", "labels"))
+        read = new if item["document_start"] else torch.cat([read, new], dim=1)
+        for kept, losses_of in ((read, alone), (torch.cat([draw_before(), read], 1), mixed)):
+            state = memory_model.new_state(1)
+            logits = read_tokens(memory_model, kept, state, return_logits=True).logits
+            loss = torch.nn.functional.cross_entropy(logits[0, -new.shape[1] :], labels[0])
+            losses_of.append(loss.item())
+    assert sum(int(dataset[step]["document_start"]) for step in range(20)) > 2
+    MemoryTrainer(
+        memory_model, dataset, config, training_arguments(config, tmp_path), identity={}
+    ).train()
+    found = [line["loss"] for line in losses(tmp_path)]
+    assert found == pytest.approx(alone, abs=2e-5)
+    assert max(abs(a - b) for a, b in zip(alone, mixed, strict=True)) > 1e-3
+    batch = {**collate([dataset[0]]), "state": memory_model.new_state(1)}
+    del batch["document_start"]
+    with pytest.raises(TypeError, match="missing .* argument: 'document_start'"):
+        TrainedModel(memory_model)(**batch)
+
+
+def draw_before():
+    """A whole segment of another document."""
+    return torch.randint(VOCAB, (1, 7), generator=torch.Generator().manual_seed(1))
 
 
 def test_short_texts_are_measured_before_and_after(run, llama, tmp_path):

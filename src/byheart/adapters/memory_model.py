@@ -300,7 +300,8 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
             attention_mask: Real tokens, one run in each row; `None` for all.
             num_tokens: Real tokens of each row, the first so many columns, instead of a mask.
             state: What the rows have read; `None` for nothing.
-            document_start: Rows that begin a new document: they forget the one before.
+            document_start: Rows that begin a new document: they forget the one before. `None` means
+                that all rows go on where they were, and with an empty state begin.
             labels: As Hugging Face models take them: the tokens themselves, -100 where nothing is
                 predicted.
             targets: The token after each input instead, -100 where nothing is predicted.

@@ -123,7 +123,8 @@ class Decoder(SegmentModel):
         Args:
             input_ids: The next tokens of each row.
             state: What the rows have read; `None` for nothing.
-            document_start: Rows that begin a new document: they forget the one before.
+            document_start: Rows that begin a new document: they forget the one before. `None` means
+                that all rows go on where they were, and with an empty state begin.
             num_tokens: Real tokens of each row, the first so many columns; `None` for all.
             targets: The token after each input, -100 where nothing is predicted.
             return_logits: Whether to return logits; `None`: if there are no targets.

@@ -44,7 +44,8 @@ def read_tokens(
         input_ids: The next tokens of each row.
         state: What the rows have read; it is used up.
         num_tokens: Real tokens of each row, the first so many columns; `None` for all.
-        document_start: Rows that begin a new document with the first column.
+        document_start: Rows that begin a new document with the first column; `None` for none, as in
+            `forward` of the models.
         return_logits: Whether to return the scores after every token.
 
     Returns:
