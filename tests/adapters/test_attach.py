@@ -79,6 +79,19 @@ def test_detach_leaves_no_trace(attachable, draw):
         assert vars(mine).keys() == vars(theirs).keys()
 
 
+def test_the_layer_around_an_attention_is_found(attachable):
+    model = attachable.build()
+    memory_model = attach(model, knn=knn(), segment_length=SEGMENT)
+    block = memory_model.layers.block_of(model, 1)
+    names = [name for name, module in model.named_modules() if module is block]
+    assert [name.rpartition(".")[2] for name in names] == ["1"]
+    inside = {id(weight) for weight in block.parameters()}
+    assert {id(weight) for weight in memory_model.memory_parameters()} < inside
+    other = memory_model.layers.block_of(model, 0)
+    assert not inside & {id(weight) for weight in other.parameters()}
+    assert len(inside) == len(list(other.parameters())) + 2  # scale and gate
+
+
 def opened(model, *, memory=True, **options):
     """Attach a memory whose gates are open and different."""
     knn_memory = knn(**options.pop("knn", {})) if memory else None

@@ -103,6 +103,30 @@ def test_the_memory_alone_learns_if_wanted(run, llama, tmp_path):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_layers_with_a_memory_learn_if_wanted(layer, run, llama, tmp_path):
+    memory = replace(run.pretrained.memory, knn=KnnMemoryConfig(layers=(layer,), top_k=4))
+    pretrained = replace(run.pretrained, trains="memory_layers", memory=memory)
+    result = train(replace(run, pretrained=pretrained), tmp_path / "run")
+    loaded = load_attached(None, result.model_dir)
+    assert all(weight.abs().sum() > 0 for weight in loaded.memory_parameters())
+    before = dict(LlamaForCausalLM.from_pretrained(llama).named_parameters())
+    changed = {
+        name.removeprefix(f"model.layers.{layer}.")
+        for name, weight in loaded.detach().named_parameters()
+        if not torch.equal(weight, before[name])
+    }
+    assert changed == {
+        name.removeprefix("model.layers.0.") for name in before if "layers.0." in name
+    }
+
+
+@pytest.mark.parametrize("trains", ["memory", "memory_layers"])
+def test_a_memory_that_learns_alone_must_be_there(trains):
+    with pytest.raises(ValueError, match=rf"trains='{trains}' needs a kNN memory, got memory.knn="):
+        PretrainedConfig(path="folder", trains=trains)
+
+
 def test_from_scratch_the_weights_are_new_and_the_seed_decides(run, llama, tmp_path):
     weights = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -203,7 +227,7 @@ def test_documents_of_a_row_are_kept_apart(tmp_path):
     assert max(abs(a - b) for a, b in zip(alone, mixed, strict=True)) > 1e-3
     batch = {**collate([dataset[0]]), "state": memory_model.new_state(1)}
     del batch["document_start"]
-    with pytest.raises(TypeError, match="missing .* argument: 'document_start'"):
+    with pytest.raises(TypeError, match=r"missing .* argument: 'document_start'"):
         TrainedModel(memory_model)(**batch)
 
 

@@ -64,6 +64,25 @@ class AttentionLayers:
         """Whether the attention of all layers takes a mask per query and key."""
         return all(own_implementation(hook) in PLAIN for hook in self.hooks)
 
+    def block_of(self, model: PreTrainedModel, layer: int) -> nn.Module:
+        """Return the whole layer of the model that an attention module belongs to.
+
+        Args:
+            model: The model.
+            layer: Its number.
+
+        Returns:
+            The element of the model's list of layers: attention, norms and feed-forward block.
+        """
+        name = self.names[layer]
+        while name:
+            around = name.rpartition(".")[0]
+            if isinstance(model.get_submodule(around), nn.ModuleList):
+                block: nn.Module = model.get_submodule(name)
+                return block
+            name = around
+        return self.modules[layer]
+
     def uninstall(self) -> None:
         """Give all layers their own attention function back, unless somebody else did."""
         for module, hook in zip(self.modules, self.hooks, strict=True):

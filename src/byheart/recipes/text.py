@@ -37,7 +37,8 @@ def text() -> RunConfig:
 def attach() -> RunConfig:
     """A memory of 8K on a pretrained decoder that you name with --model.
 
-    All weights learn; --set pretrained.trains=memory leaves the model's own as they are.
+    All weights learn; --set pretrained.trains=memory leaves the model's own as they are,
+    memory_layers those of the layers without a memory.
     """
     knn = KnnMemoryConfig(layers=(-4,), memory_size=8192, age_slope=0.5)
     return RunConfig(

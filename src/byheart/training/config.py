@@ -192,14 +192,21 @@ class PretrainedConfig:
     """What is put on it."""
     from_scratch: bool = False
     """Take random weights, of the shape that the folder's config.json names."""
-    trains: Literal["all", "memory"] = "all"
-    """Which weights learn: all, or those of the memory alone."""
+    trains: Literal["all", "memory", "memory_layers"] = "all"
+    """Which weights learn: all, those of the memory alone, or those of the memory and of the layers
+    that have one."""
     gradient_checkpointing: bool = False
     """Keep no activations of the layers and compute them again in the backward pass: less memory,
     about a third more time, the same gradients."""
 
     def __post_init__(self) -> None:
         require_choices(self)
+        if self.trains != "all" and self.memory.knn is None:
+            msg = (
+                f"pretrained.trains={self.trains!r} needs a kNN memory, got memory.knn=None: "
+                "nothing would learn. Set memory.knn, or trains='all'."
+            )
+            raise ValueError(msg)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -45,8 +45,12 @@ def make_model(run: RunConfig, vocab_size: int) -> TrainableModel:
     model = MemoryModel(_transformer(run.pretrained), run.pretrained.memory)
     if run.pretrained.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if run.pretrained.trains == "memory":
-        _freeze_all_but(model, model.memory_parameters())
+    if run.pretrained.trains != "all":
+        kept = model.memory_parameters()
+        if run.pretrained.trains == "memory_layers":
+            blocks = [model.layers.block_of(model.model, layer) for layer in model.memories()]
+            kept += [weight for block in blocks for weight in block.parameters()]
+        _freeze_all_but(model, kept)
     return model
 
 
