@@ -75,6 +75,10 @@ def _encoder(name: str, config: str, model: str, settings: dict[str, Any]) -> Fa
 _GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 _BLOOM = {"hidden_size": 16, "n_layer": 2, "n_head": 2}
 _GEMMA = {**_LLAMA, "head_dim": 8}
+# the second layer, which has the memory in most tests, is of the kind that comes every so many
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+# 1 is a layer with rotation
+_SMOLLM = {"no_rope_layers": [1, 0]}
 
 FAMILIES = (
     _decoder("gpt2", "GPT2Config", "GPT2LMHeadModel", _GPT2),
@@ -91,14 +95,14 @@ FAMILIES = (
     ),
     _decoder("gemma", "GemmaConfig", "GemmaForCausalLM", _GEMMA),
     _decoder("gemma2", "Gemma2Config", "Gemma2ForCausalLM", _GEMMA),
-    _decoder("gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA),
+    _decoder("gemma3", "Gemma3TextConfig", "Gemma3ForCausalLM", {**_GEMMA, **_MIXED}),
     _decoder("phi", "PhiConfig", "PhiForCausalLM", _LLAMA),
     _decoder("phi3", "Phi3Config", "Phi3ForCausalLM", _LLAMA),
     _decoder("olmo2", "Olmo2Config", "Olmo2ForCausalLM", _LLAMA),
     _decoder("falcon", "FalconConfig", "FalconForCausalLM", _LLAMA),
     _decoder("bloom", "BloomConfig", "BloomForCausalLM", _BLOOM),
-    _decoder("cohere2", "Cohere2Config", "Cohere2ForCausalLM", _LLAMA),
-    _decoder("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM", _LLAMA),
+    _decoder("cohere2", "Cohere2Config", "Cohere2ForCausalLM", {**_LLAMA, **_MIXED}),
+    _decoder("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM", {**_LLAMA, **_SMOLLM}),
     _decoder("starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM", _LLAMA),
     _decoder("granite", "GraniteConfig", "GraniteForCausalLM", _LLAMA),
     _decoder("glm", "GlmConfig", "GlmForCausalLM", _GEMMA),
