@@ -112,6 +112,31 @@ def test_samples_of_a_row_read_its_memory(tiny_model, draw):
     assert torch.equal(made, greedy.repeat_interleave(3, 0))
 
 
+def test_samples_are_drawn_from_what_recomputation_finds(tiny_model, draw):
+    memory_model, temperature, top_k = opened(tiny_model("llama")), 0.7, 4
+    torch.manual_seed(0)
+    made = memory_model.generate(
+        draw(2, 16), **{**OPTIONS, "do_sample": True, "temperature": temperature, "top_k": top_k},
+        num_return_sequences=3, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    assert len({tuple(row.tolist()) for row in made.sequences}) == 6
+    # complete segments of the prompt are memory, and what is generated goes on behind them
+    complete = 2 * SEGMENT
+    state = memory_model.new_state(6)
+    state = read_tokens(memory_model, made.sequences[:, :complete], state).state
+    torch.manual_seed(0)
+    for step, scores in enumerate(made.scores):
+        drawn = torch.multinomial(scores.softmax(-1), 1)
+        assert torch.equal(drawn[:, 0], made.sequences[:, 16 + step])
+        behind = made.sequences[:, complete : 16 + step]
+        if behind.shape[1] <= SEGMENT:
+            expected = memory_model(behind, state=state).logits[:, -1] / temperature
+            least = expected.topk(top_k).values[:, -1:]
+            expected = expected.masked_fill(expected < least, -torch.inf)
+            torch.testing.assert_close(scores, expected, atol=2e-5, rtol=1e-5)
+    assert torch.isfinite(scores).sum(-1).tolist() == [top_k] * 6
+
+
 def test_endless_generation_writes_what_leaves_the_window(tiny_model, draw):
     memory_model = opened(tiny_model("llama"), xl_cache_length=SEGMENT)
     made = generate(memory_model, draw(2, 5), max_new_tokens=40)

@@ -2,12 +2,17 @@
 
 import copy
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from transformers.utils import hub as hub_of_transformers
 
 from byheart import KnnMemoryConfig, read_tokens
+from byheart.adapters import memory_saving
 from byheart.adapters.attach import attach
 from byheart.adapters.memory_model import MemoryModel
 from byheart.errors import CheckpointError, MemoryStateError
@@ -59,6 +64,59 @@ def test_a_state_goes_on_in_the_middle_of_a_document(tiny_model, draw, tmp_path)
         memory_model.memory_parameters()[0].add_(1)
     with pytest.raises(MemoryStateError, match="was made by a model with fingerprint"):
         memory_model.load_state(tmp_path / "state")
+
+
+def test_a_published_memory_is_the_same(tiny_model, draw, tmp_path, monkeypatch):
+    memory_model = opened(tiny_model("llama"), xl_cache_length=SEGMENT)
+    expected = logits_after(memory_model, draw(1, 30))
+    hub = FakeHub(tmp_path / "hub")
+    hub.take_the_place_of_the_real_one(monkeypatch)
+    memory_model.push_to_hub("someone/memory", private=True)
+    files = {path.relative_to(hub.folder).as_posix() for path in hub.folder.rglob("*.*")}
+    assert files == {
+        "README.md", "manifest.json", "memory_config.json", "memory_model.safetensors",
+    }  # fmt: skip
+    assert hub.calls == [("create_repo", "someone/memory"), ("create_commit", "someone/memory")]
+    loaded = MemoryModel.from_pretrained(tiny_model("llama"), "someone/memory")
+    assert torch.equal(logits_after(loaded, draw(1, 30)), expected)
+    with pytest.raises(CheckpointError, match="neither a directory nor a repository someone/other"):
+        MemoryModel.from_pretrained(tiny_model("llama"), "someone/other")
+
+
+class FakeHub:
+    """The Hugging Face hub as a folder: one repository, and nothing goes over a network."""
+
+    def __init__(self, folder):
+        self.folder, self.name, self.calls = folder, None, []
+
+    def create_repo(self, repo_id, **_):
+        self.name = repo_id
+        self.calls.append(("create_repo", repo_id))
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_commit(self, repo_id, operations, **_):
+        self.calls.append(("create_commit", repo_id))
+        for operation in operations:
+            path = self.folder / operation.path_in_repo
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(operation.path_or_fileobj, path)
+
+    def snapshot_download(self, repo_id):
+        if repo_id != self.name:
+            msg = "404"
+            raise OSError(msg)
+        return str(self.folder)
+
+    def take_the_place_of_the_real_one(self, monkeypatch):
+        card = ModelCard("---\n---\n# A memory\n")
+        monkeypatch.setattr(hub_of_transformers, "create_and_tag_model_card", lambda *_, **__: card)
+        # the first name is new in transformers 5.18 or later
+        if hasattr(hub_of_transformers, "hf_api"):
+            monkeypatch.setattr(hub_of_transformers, "hf_api", lambda: self)
+        else:
+            for name in ("create_repo", "create_commit"):
+                monkeypatch.setattr(hub_of_transformers, name, getattr(self, name))
+        monkeypatch.setattr(memory_saving, "snapshot_download", self.snapshot_download)
 
 
 def test_another_model_is_refused(tiny_model, tmp_path):

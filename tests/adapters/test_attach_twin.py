@@ -27,7 +27,7 @@ def slow(attention, memory, inputs, config):
     """Return the layer's output over the last of some segments, whose others are its memory.
 
     One query, head and row at a time: rotary attention over the segment, softmax attention over
-    keys of the other segments without positions, and the gate between them.
+    keys of the other segments without positions, and the gate between them, or one softmax.
     """
     *before, last = inputs
     queries, keys, values = (
@@ -49,7 +49,6 @@ def slow(attention, memory, inputs, config):
             near = rotated(keys[row, group], places)
             for t in range(SEGMENT):
                 scores = near[: t + 1] @ turned[t] * HEAD_DIM**-0.5
-                local = scores.softmax(0) @ values[row, group, : t + 1]
                 asked = {
                     "none": queries[row, head, t],
                     "local": turned[t],
@@ -58,9 +57,14 @@ def slow(attention, memory, inputs, config):
                 stored = old_keys[row, group]
                 if config.normalize_qk:
                     asked, stored = unit(asked), unit(stored)
-                weights = (stored @ asked * memory.log_scale[head].exp()).softmax(0)
-                found = weights @ old_values[row, group]
+                far = stored @ asked * memory.log_scale[head].exp()
+                near_values, far_values = values[row, group, : t + 1], old_values[row, group]
                 logit = memory.gate_bias[head]
+                if config.knn.combine == "joint":
+                    weights = torch.cat([scores, far + logit]).softmax(0)
+                    mixed[row, t, head] = weights @ torch.cat([near_values, far_values])
+                    continue
+                local, found = scores.softmax(0) @ near_values, far.softmax(0) @ far_values
                 if memory.gate_weight is not None:
                     logit = logit + memory.gate_weight[head] @ asked
                 gate = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "linear": lambda x: x}[
@@ -71,7 +75,7 @@ def slow(attention, memory, inputs, config):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("combine", ["gate", "content_gate"])
+@pytest.mark.parametrize("combine", ["gate", "content_gate", "joint"])
 @pytest.mark.parametrize(
     "options",
     [
