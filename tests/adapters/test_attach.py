@@ -317,10 +317,12 @@ def test_windows_that_are_in_the_mask_alone_reach_into_the_past(config, model, w
     torch.testing.assert_close(read.logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_dtype_may_change_after_attaching(dtype, tiny_model, draw):
-    memory_model = opened(tiny_model("llama"), xl_cache_length=SEGMENT).to(dtype)
-    direct = opened(tiny_model("llama").to(dtype), xl_cache_length=SEGMENT)
+def test_the_dtype_may_change_after_attaching(dtype, implementation, tiny_model, draw):
+    models = [tiny_model("llama", attn_implementation=implementation) for _ in range(2)]
+    memory_model = opened(models[0], xl_cache_length=SEGMENT).to(dtype)
+    direct = opened(models[1].to(dtype), xl_cache_length=SEGMENT)
     for mine, theirs in zip(
         memory_model.memory_parameters(), direct.memory_parameters(), strict=True
     ):

@@ -209,7 +209,9 @@ def _widened_mask(call: AttentionCall, past: Past, places: Tensor) -> Tensor:
     if mask.dtype is torch.bool:
         return torch.cat([visible_B1QP, mask], dim=3)
     least = torch.finfo(mask.dtype).min
-    return torch.cat([torch.where(visible_B1QP, 0.0, least).to(mask.dtype), mask], dim=3)
+    # not torch.where of two numbers, which are float32: the least float64 is beyond it
+    past_B1QP = mask.new_zeros(visible_B1QP.shape).masked_fill(~visible_B1QP, least)
+    return torch.cat([past_B1QP, mask], dim=3)
 
 
 def _own_mask(call: AttentionCall) -> Tensor:
