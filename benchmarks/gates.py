@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.finetune import MEMORY_SIZE, learn, measure, parse, runs
 from benchmarks.harness import machine_info
+from byheart.config import save_config
 from byheart.data.token_cache import tokenize_corpus
 from byheart.data.tokenize import load_tokenizer
 from byheart.memory.config import KnnMemoryConfig
@@ -69,8 +70,9 @@ def main() -> None:
     for name, run in ways(runs(arguments, shape)["tuned"]).items():
         directory = arguments.work / "gates" / name.replace(" ", "-")
         learn(run, directory)
-        file = f"{name.replace(' ', '-')}.metrics.jsonl"
-        shutil.copy(directory / "metrics.jsonl", arguments.out / file)
+        file = name.replace(" ", "-")
+        save_config(run, arguments.out / f"{file}.config.json")
+        shutil.copy(directory / "metrics.jsonl", arguments.out / f"{file}.metrics.jsonl")
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
         losses = [line["loss"] for line in lines if "loss" in line]
         last = losses[-len(losses) // 4 :]

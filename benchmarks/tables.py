@@ -332,16 +332,20 @@ def gates_section() -> str | None:
         ]
         for name, way in sorted(result["ways"].items(), key=lambda w: w[1]["nats_with_memory"])
     ]
-    steps = next(iter(result["ways"].values()))["steps"]
+    # both are made by `benchmarks.finetune.runs`
+    first = read("gates/tanh-gate.config.json") or read("finetune/tuned.config.json")
+    assert first is not None
+    steps, factor = (first["training"][name] for name in ("max_steps", "gate_learning_rate_factor"))
+    slope = first["pretrained"]["memory"]["knn"]["age_slope"]
     return "\n\n".join(
         [
             "## What an attached memory learns fastest with",
             f"The model without memory of the table above, fine-tuned for {steps} steps on the "
             "same segments (`benchmarks.gates`); each row changes one thing of `tanh gate` (rate "
-            "of the gates 20 times the model's, queries without positions, keys of length 1, age "
-            "slope 0.5, last layer). Nats per token: of training over the last fourth of the "
-            "steps, and of the first 8,192 tokens of 8 validation documents with 8,192 entries "
-            "and with none.",
+            f"of the gates {factor:g} times the model's, queries without positions, keys of length "
+            f"1, age slope {slope:g}, last layer). Nats per token: of training over the last "
+            "fourth of the steps, and of the first 8,192 tokens of 8 validation documents with "
+            "8,192 entries and with none.",
             table(["way", "training", "with memory", "without"], rows),
             machine_line(result["machine"]),
         ]
