@@ -3,10 +3,12 @@
 import pytest
 
 from byheart import KnnMemoryConfig
+from byheart.adapters import doctor
 from byheart.adapters.attach import attach
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.doctor import diagnose
 from byheart.errors import CheckpointError
+from byheart.memory.dense import DenseStore
 
 KNN = KnnMemoryConfig(layers=(-1,), memory_size=1000, top_k=5, dtype="bfloat16")
 
@@ -66,6 +68,50 @@ def test_the_share_of_the_search_is_that_of_its_products(tiny_model, tmp_path):
     heads, head_dim = 4, 4
     others = model.num_parameters() - model.model.embed_tokens.weight.numel()
     assert found.search_share == pytest.approx(2 * 1000 * heads * head_dim / (2 * others))
+
+
+def test_it_estimates_the_time_that_reading_adds(tiny_model, tmp_path, monkeypatch):
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    seen = []
+    attend = DenseStore.attend
+
+    def attend_slowly(store, queries, *arguments):
+        read = attend(store, queries, *arguments)
+        # the trial's memory has all heads
+        if store.keys.shape[1] == 1:
+            seen.append((store.keys.shape, tuple(store.num_written.tolist()), queries.shape))
+            clock[0] += 0.25
+        return read
+
+    clock = [0.0]
+    monkeypatch.setattr(DenseStore, "attend", attend_slowly)
+    monkeypatch.setattr(doctor.time, "perf_counter", lambda: clock[0])
+    knn = KnnMemoryConfig(layers=(0, 1), memory_size=65_536, top_k=5)
+    found = diagnose(tmp_path, AttachConfig(knn=knn, segment_length=7))
+    # one of two key-value heads with its two queries, a fourth of the entries, in two layers
+    assert set(seen) == {((1, 1, 16_384, 4), (16_384,), (1, 2, 7, 4))}
+    assert found.read_microseconds == pytest.approx(0.25e6 * 2 * 4 * 2 / 7)
+
+
+@pytest.mark.parametrize(
+    "knn",
+    [
+        KnnMemoryConfig(layers=(0,), memory_size=40, top_k=7),
+        KnnMemoryConfig(
+            layers=(0,), memory_size=3 * 11_000, top_k=7, search="strided_bucket", num_buckets=11
+        ),
+        KnnMemoryConfig(layers=(0,), memory_size=20_000, top_k=18_000, dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def test_it_estimates_a_time_for_every_dense_memory(knn, tiny_model, tmp_path):
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    assert diagnose(tmp_path, AttachConfig(knn=knn, segment_length=7)).read_microseconds > 0
+
+
+def test_without_a_memory_there_is_no_time(tiny_model, tmp_path):
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    assert diagnose(tmp_path, AttachConfig(segment_length=7)).read_microseconds is None
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """`byheart train attach`: a memory on a pretrained model, from the command line."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -125,6 +126,7 @@ def test_the_doctor(command, model):
     assert code == 0, err
     assert "can have a kNN memory" in out
     assert "Memory in model.layers.2.self_attn: 0.1 MiB per row" in out
+    assert re.search(r"adds about [\d.]+ microseconds to the time of a token on this machine", out)
     code, out, _ = command("doctor", model, "--set", "knn.combine=gate", "--json")
     assert code == 0
     assert json.loads(out)["memory_layers"] == ["model.layers.0.self_attn"]

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +12,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from byheart.adapters.attach_checks import require_possible
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.attention_hook import hook_of
-from byheart.adapters.attention_layers import find_attentions
+from byheart.adapters.attention_layers import AttentionLayers, find_attentions
 from byheart.adapters.memory_model import MemoryModel
 from byheart.errors import CheckpointError
+from byheart.memory.dense import DenseStore
+from byheart.memory.ring import RingCursor
 
 # a trial model of more parameters has them in bfloat16
 _WIDE_PARAMETERS = 200_000_000
 # tokens that a trial model knows: it reads five
 _TRIAL_VOCABULARY = 64
+# entries of the memory whose reading is timed
+_TIMED_ENTRIES = 16_384
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +49,11 @@ class Diagnosis:
     search_share: float = 0.0
     """Arithmetic of the exact search of a full memory, as a share of that of the model's weights
     (all of them, also experts that a token does not meet)."""
+    read_microseconds: float | None = None
+    """Estimate of what reading a full memory adds to the time of a token on this machine: search
+    and attention of all memory layers, for a row that reads a whole segment at once, without
+    backward pass. Measured with random entries of one key-value head; for more entries than
+    16,384 in proportion. `None` without a memory, and for a store other than `dense`."""
 
     @property
     def is_supported(self) -> bool:
@@ -103,6 +113,7 @@ def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
         memory_bytes=2 * size * width * entry_bytes * len(layers),
         xl_cache_bytes=2 * config.xl_cache_length * width * dtype.itemsize * len(names),
         search_share=search / (2 * max(num_parameters - embedding, 1)),
+        read_microseconds=_read_microseconds(config, first),
     )
 
 
@@ -132,6 +143,40 @@ def _trial_model(model_config: Any) -> MemoryModel:
     dtype = torch.bfloat16 if numbers > _WIDE_PARAMETERS else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return MemoryModel(model, AttachConfig(segment_length=8))
+
+
+def _read_microseconds(config: AttachConfig, layers: AttentionLayers) -> float | None:
+    """Time how long a full memory is read, per token of a segment.
+
+    Returns:
+        The estimate for all memory layers.
+    """
+    knn = config.knn
+    if knn is None or knn.store != "dense":
+        return None
+    buckets = None if knn.search == "exact" else knn.num_buckets or knn.top_k
+    size = max(min(knn.memory_size, _TIMED_ENTRIES), knn.top_k, buckets or 1)
+    size -= size % (buckets or 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keys, values = (
+        torch.randn(1, 1, size, layers.head_dim, device=device).to(knn.torch_dtype)
+        for _ in range(2)
+    )
+    cursor = RingCursor(memory_size=size, num_written=torch.tensor([size], device=device))
+    store = DenseStore(keys=keys, values=values, cursor=cursor, num_buckets=buckets)
+    group = layers.num_heads // layers.num_kv_heads
+    queries = torch.randn(1, group, config.segment_length, layers.head_dim, device=device)
+    scale, seconds = torch.ones(group, device=device), []
+    with torch.no_grad():
+        # the first warms up
+        for _ in range(3):
+            start = time.perf_counter()
+            read = store.attend(queries, scale, knn.top_k, knn.age_slope)
+            # waits for a device
+            float(read.output.sum())
+            seconds.append(time.perf_counter() - start)
+    share = knn.memory_size / size * layers.num_kv_heads * len(knn.layers)
+    return 1e6 * min(seconds[1:]) * share / config.segment_length
 
 
 def _rotations(trial: MemoryModel, config: AttachConfig) -> tuple[str, ...]:

@@ -111,6 +111,11 @@ def _text(model: str, diagnosis: "Diagnosis") -> str:
             f"{diagnosis.memory_bytes / 2**20:,.1f} MiB per row when full; its exact search "
             f"is {diagnosis.search_share:.1%} of the arithmetic of the model's weights."
         )
+    if diagnosis.read_microseconds is not None:
+        lines.append(
+            f"Reading it adds about {diagnosis.read_microseconds:,.1f} microseconds to the time of "
+            "a token on this machine, in whole segments and without a backward pass (estimate)."
+        )
     if diagnosis.xl_cache_bytes:
         lines.append(f"XL cache: {diagnosis.xl_cache_bytes / 2**20:,.1f} MiB per row.")
     return "\n".join(lines)
