@@ -43,7 +43,8 @@ test-matrix:
 		$$venv/bin/python -m pip install --quiet torch==$$torch transformers==$$transformers -e '.[dev]' && \
 		echo "torch $$torch, transformers $$transformers" && \
 		OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -n 2 --dist worksteal \
-			tests/adapters tests/laws tests/models tests/ops tests/training || exit 1; \
+			tests/adapters tests/cli tests/evaluation tests/laws tests/models tests/ops tests/training \
+			|| exit 1; \
 	done
 
 bench: setup
