@@ -376,6 +376,38 @@ def test_another_attention_of_the_model_is_used_for_whole_segments(
         read_tokens(memory_model, draw(2, 4), read_tokens(memory_model, ids[:, :3], state).state)
 
 
+@pytest.mark.slow
+# transformers may run it without torch.compile, which says so
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@torch.no_grad()
+def test_flex_attention_reads_whole_segments(name, tiny_model, draw):
+    # its kernels need heads of 16 numbers
+    flex, plain = (
+        tiny_model(name, attn_implementation=implementation, head_dim=16)
+        for implementation in ("flex_attention", "eager")
+    )
+    ids = draw(2, 16)
+    expected = flex(ids, use_cache=False).logits
+    closed = attach(flex, knn=knn(), segment_length=16)
+    state = closed.new_state(2)
+    for _ in range(3):
+        out = closed(ids, state=state)
+        torch.testing.assert_close(out.logits, expected, atol=2e-6, rtol=0)
+        state = state.commit(out.new_entries)
+    logits = []
+    for memory_model in (closed, attach(plain, knn=knn(), segment_length=16)):
+        for memory in memory_model.memories().values():
+            torch.nn.init.constant_(memory.gate_bias, 0.5)
+        state = memory_model.new_state(2)
+        for _ in range(3):
+            out = memory_model(ids, state=state)
+            state = state.commit(out.new_entries)
+        logits.append(out.logits)
+    torch.testing.assert_close(*logits, atol=2e-5, rtol=1e-5)
+    assert not torch.allclose(logits[0], expected, atol=1e-2)
+
+
 @pytest.mark.parametrize("with_memory", [False, True])
 def test_what_was_taken_off_is_not_used_on(with_memory, tiny_model, draw, tmp_path):
     memory = knn() if with_memory else None
