@@ -120,10 +120,10 @@ def test_the_readme_examples_run(tmp_path):
         assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_the_examples_of_recurrent_memory_run(number, tmp_path):
     blocks = python_blocks(ROOT / "docs" / "recurrent-memory.md")
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", blocks[number]],
         capture_output=True,

@@ -129,8 +129,14 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
 
 def hook_of(module: nn.Module) -> Hook | None:
     """Return what is known of a layer; `None` if its attention is the model's own."""
-    hook: Hook | None = vars(module.config).get("byheart_hook")
+    hook: Hook | None = getattr(module.config, "byheart_hook", None)
     return hook
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Return whether the attention of any layer of a model is ours."""
+    configs = (module for module in model.modules() if hasattr(module, "config"))
+    return any(hook_of(module) is not None for module in configs)
 
 
 def install(module: nn.Module, index: int, name: str) -> Hook:

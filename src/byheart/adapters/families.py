@@ -1,4 +1,4 @@
-"""What kind of model a model is, and what fits into its window."""
+"""What kind of model a model is, and how far it sees."""
 
 from typing import Any, Literal
 
@@ -17,16 +17,12 @@ from byheart.adapters.window_models import (
     Seq2SeqWindowModel,
 )
 from byheart.memory.state import MemoryState
-from byheart.models.decoder import Decoder
-from byheart.models.recurrent_config import RecurrentMemoryConfig
-from byheart.models.recurrent_decoder import DecoderReader, require_decoder_fits
+from byheart.models.segment_model import SegmentModel
+from byheart.models.segment_reader import SegmentReader
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
 """How a model reads: causally with a language-model head, in both directions with a head for whole
 texts, or in both directions with a decoder that answers."""
-
-# they multiply what they look up themselves, and what is given to them not at all
-_SCALED_OUTSIDE = ("blenderbot-small", "falcon_h1", "mvp", "pegasus")
 
 # what configs call a layer that sees everything
 _GLOBAL = ("full_attention", "global")
@@ -34,20 +30,17 @@ _GLOBAL = ("full_attention", "global")
 # among transformers' causal language models, but tokens see those behind them
 _LOOK_AHEAD = ("bert-generation", "xlnet")
 
-# they pass what is in the places of padding on to the text beside it
-_MIX_PADDING = ("convbert", "fnet", "mobilebert", "nystromformer", "yoso")
-
 _SUPPORTED = (
     "a causal language model (of Hugging Face, or a byheart Decoder), an encoder for sequence "
     "classification, or an encoder-decoder for conditional generation"
 )
 
 
-def model_kind(model: PreTrainedModel | Decoder) -> Kind:
+def model_kind(model: PreTrainedModel | SegmentModel) -> Kind:
     """Find out how a model reads.
 
     Args:
-        model: A `Decoder`, or a Hugging Face model with its head.
+        model: A `Decoder`, what `attach` returns, or a Hugging Face model with its head.
 
     Returns:
         Its kind.
@@ -56,7 +49,7 @@ def model_kind(model: PreTrainedModel | Decoder) -> Kind:
         ValueError: If it is no model that recurrent memory can be put around.
         TypeError: If it is no model, or a wrapper around one.
     """
-    if isinstance(model, Decoder):
+    if isinstance(model, SegmentModel):
         return "decoder"
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -83,9 +76,11 @@ def model_kind(model: PreTrainedModel | Decoder) -> Kind:
     raise ValueError(msg)
 
 
-def input_embedding(model: PreTrainedModel | Decoder) -> Any:
+def input_embedding(model: PreTrainedModel | SegmentModel) -> Any:
     """Return the module that turns token ids into vectors."""
-    return model.embedding if isinstance(model, Decoder) else model.get_input_embeddings()
+    return (
+        model.input_embedding() if isinstance(model, SegmentModel) else model.get_input_embeddings()
+    )
 
 
 @torch.no_grad()
@@ -109,127 +104,23 @@ def embedding_statistics(
 
 
 def window_model(
-    model: PreTrainedModel | Decoder, inner: MemoryState | None = None
-) -> CausalWindowModel | ClassifierWindowModel | Seq2SeqWindowModel | DecoderReader:
+    model: PreTrainedModel | SegmentModel, inner: MemoryState | None = None
+) -> CausalWindowModel | ClassifierWindowModel | Seq2SeqWindowModel | SegmentReader:
     """Make a reader of windows of a model.
 
     Args:
         model: The model.
-        inner: Its own memory, for a `Decoder` that has one.
+        inner: Its own memory, for a `SegmentModel` that has one.
 
     Returns:
         The reader, for the model's kind.
     """
-    if isinstance(model, Decoder):
-        return DecoderReader(model, inner)
+    if isinstance(model, SegmentModel):
+        return SegmentReader(model, inner)
     kind = model_kind(model)
     if kind == "decoder":
         return CausalWindowModel(model)
     return ClassifierWindowModel(model) if kind == "encoder" else Seq2SeqWindowModel(model)
-
-
-def window_length(config: RecurrentMemoryConfig, kind: Kind) -> int:
-    """Return the positions that a segment with memory and special tokens takes."""
-    copies = 2 if kind == "decoder" else 1
-    return config.segment_length + config.num_special_tokens + copies * config.num_memory_tokens
-
-
-def require_fits(model: PreTrainedModel | Decoder, config: RecurrentMemoryConfig) -> None:
-    """Refuse a memory that the model could not use.
-
-    Args:
-        model: The model.
-        config: The memory.
-
-    Raises:
-        ValueError: If the window is too small, local attention would cut the memory off, hidden
-            states do not fit into the embedding, the model scales its embeddings outside of them
-            or mixes padding with text, or special tokens stand around a decoder's memory.
-    """
-    kind = model_kind(model)
-    if kind == "decoder" and config.num_special_tokens:
-        msg = (
-            "start_ids, separator_ids and end_ids must be empty for a decoder, got "
-            f"{config.start_ids}, {config.separator_ids}, {config.end_ids}. Put special tokens "
-            "into the text."
-        )
-        raise ValueError(msg)
-    if isinstance(model, Decoder):
-        require_decoder_fits(model.config, config)
-        return
-    _require_embedding(model)
-    _require_window(model, config, kind)
-    _require_ids(model, config)
-
-
-def _require_embedding(model: PreTrainedModel) -> None:
-    reader = window_model(model)
-    width = model.get_input_embeddings().weight.shape[1]
-    if reader.embed_dim != width:
-        msg = (
-            f"Hidden states must be as wide as the token embeddings, got {reader.embed_dim} and "
-            f"{width} for {type(model).__name__}: what is written could not be read. Use a model "
-            "without factorised embeddings."
-        )
-        raise ValueError(msg)
-    family = model.config.model_type
-    if family in _MIX_PADDING:
-        msg = (
-            f"Padding must change nothing, but {family} mixes it with the text, so that rows would "
-            "depend on the others of their batch. Use another encoder."
-        )
-        raise ValueError(msg)
-    scale = getattr(model.config, "embedding_multiplier", 1.0)
-    if family in _SCALED_OUTSIDE and (scale != 1.0 or getattr(model.config, "scale_embedding", 0)):
-        msg = (
-            f"Token embeddings must be what the first layer reads, but {family} scales them after "
-            "the lookup. Use a model without scale_embedding or embedding_multiplier."
-        )
-        raise ValueError(msg)
-
-
-def _require_window(model: PreTrainedModel, config: RecurrentMemoryConfig, kind: Kind) -> None:
-    needed = window_length(config, kind)
-    positions = max_positions(model)
-    if positions is not None and needed > positions:
-        msg = (
-            f"Segment, memory and special tokens must fit into the window of {positions} "
-            f"positions, got {needed}: {config.segment_length} text, {config.num_memory_tokens} "
-            f"memory{' (twice)' if kind == 'decoder' else ''}, {config.num_special_tokens} "
-            f"special. {_shorten(config, needed - positions)}"
-        )
-        raise ValueError(msg)
-    reach = None if _has_global_layer(model) else attention_reach(model)
-    if config.num_memory_tokens and reach is not None and needed > reach:
-        msg = (
-            f"All of a window must see the memory, but no layer of {type(model).__name__} looks "
-            f"farther than {reach} positions, and the window has {needed}. "
-            f"{_shorten(config, needed - reach)}"
-        )
-        raise ValueError(msg)
-
-
-def _shorten(config: RecurrentMemoryConfig, excess: int) -> str:
-    """Say how to make a window smaller by so many positions.
-
-    Returns:
-        A sentence.
-    """
-    fitting = config.segment_length - excess
-    if fitting < 1:
-        return "Use fewer memory tokens: they leave no place for text."
-    return f"Set segment_length to at most {fitting}."
-
-
-def _require_ids(model: PreTrainedModel, config: RecurrentMemoryConfig) -> None:
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    ids = (*config.start_ids, *config.separator_ids, *config.end_ids)
-    if any(not 0 <= token < vocab_size for token in ids):
-        msg = (
-            f"Special tokens must be below the model's vocabulary of {vocab_size}, got {ids}. Use "
-            "the tokenizer that belongs to the model."
-        )
-        raise ValueError(msg)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
@@ -262,7 +153,7 @@ def whole_window_layers(model: PreTrainedModel, num_positions: int) -> tuple[boo
     return tuple(kind in _GLOBAL for kind in kinds)
 
 
-def _has_global_layer(model: PreTrainedModel) -> bool:
+def has_global_layer(model: PreTrainedModel) -> bool:
     """Tell whether some layers, if not all, see the whole window: there memory is read and written.
 
     Returns:

@@ -1,6 +1,7 @@
 """Generate with transformers' own `generate`, from a model that remembers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -75,13 +76,8 @@ def generate_with_memory(
         # what is read belongs to this continuation
         state = state.fork()
         state = read_tokens(memory_model, prompt[0], state, num_tokens=prompt[1]).state
-    handle = memory_model.model.register_forward_pre_hook(
-        _with_memory(memory_model, state), with_kwargs=True
-    )
-    try:
+    with memory_in_sight(memory_model, state):
         result = memory_model.model.generate(input_ids=rest, attention_mask=mask, **options)
-    finally:
-        handle.remove()
     is_plain = isinstance(result, Tensor)
     generated = (result if is_plain else result.sequences)[:, rest.shape[1] :]
     copies = generated.shape[0] // rows.batch
@@ -179,6 +175,25 @@ def _split(
     return prompt, input_ids.gather(1, columns.clamp(min=0)), mask.long()
 
 
+@contextmanager
+def memory_in_sight(memory_model: MemoryModel, state: MemoryState) -> Iterator[None]:
+    """Let the model below see its memory, whoever calls it; what it reads is not kept.
+
+    Args:
+        memory_model: The model.
+        state: What the rows have read.
+
+    Yields:
+        Nothing.
+    """
+    hook = _with_memory(memory_model, state)
+    handle = memory_model.model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _with_memory(memory_model: MemoryModel, state: MemoryState) -> Callable[..., Any]:
     """Return a hook that lets each step of `generate` see the memory."""
 
@@ -192,7 +207,8 @@ def _with_memory(memory_model: MemoryModel, state: MemoryState) -> Callable[...,
     def see_memory(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+        given = (*args[:1], kwargs.get("inputs_embeds"), kwargs.get("input_ids"))
+        tokens = next(inputs for inputs in given if inputs is not None)
         copies = tokens.shape[0] // state.batch_size
         columns = kwargs.get("position_ids")
         if columns is None:

@@ -12,23 +12,24 @@ from transformers.utils import ModelOutput, PushToHubMixin
 
 from byheart.adapters.attach_checks import (
     require_fits,
-    require_positions,
     require_possible,
     require_same_in_pieces,
 )
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.attached_memory import AttachedMemory
-from byheart.adapters.attention_hook import VIEW, hook_of
+from byheart.adapters.attention_hook import hook_of
 from byheart.adapters.attention_layers import AttentionLayers, prepare_attentions
-from byheart.adapters.memory_context import MemoryContext
+from byheart.adapters.memory_pass import MemoryPass
 from byheart.adapters.memory_view import MEMORY
 from byheart.adapters.row_tokens import RowTokens
 from byheart.adapters.tied import keep_tied_weights_once
+from byheart.adapters.window_models import read_causal
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.state import MemoryState, NewEntries
-from byheart.models.decoder import require_inside_segment
 from byheart.models.fingerprint import weight_sums
-from byheart.models.segment_model import SegmentModel, layer_metrics
+from byheart.models.segment_model import SegmentModel, WindowRead, layer_metrics
+from byheart.models.text_output import TextRequest
+from byheart.models.window import Window
 from byheart.ops.losses import IGNORED
 
 
@@ -148,6 +149,10 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         """Tokens that it can predict."""
         size: int = self.model.get_output_embeddings().weight.shape[0]
         return size
+
+    def input_embedding(self) -> Any:
+        """Return what turns token ids into vectors."""
+        return self.model.get_input_embeddings()
 
     def require_attached(self) -> None:
         """Refuse to go on without the memory.
@@ -316,25 +321,9 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
             ValueError: If a row crosses the end of its segment or the model's last position, the
                 arguments do not fit together, or the memory was taken off.
         """
-        self.require_attached()
         rows = RowTokens.of(input_ids, attention_mask, num_tokens)
-        if state is None:
-            state = self.new_state(rows.batch, device=input_ids.device)
-        if document_start is None:
-            document_start = torch.zeros(rows.batch, dtype=torch.bool, device=input_ids.device)
-        before = self.require_state(state, rows.batch, document_start)
-        require_inside_segment(before, rows.num_tokens)
-        context = MemoryContext.of(before, self.layers, self.memory_config, self.hidden_dtype)
-        view, position_ids = context.view(rows.columns, first_column=rows.first_column)
-        if position_ids is not None and not self.layers.has_rotation:
-            require_positions(self.model, position_ids, rows.num_tokens)
-        logits = self.model(
-            input_ids=input_ids,
-            attention_mask=rows.mask,
-            use_cache=False,
-            **({} if position_ids is None else {"position_ids": position_ids}),
-            **{VIEW: view},
-        ).logits
+        reading = MemoryPass.of(self, rows, state, document_start)
+        logits = self.model(input_ids=input_ids, use_cache=False, **reading.arguments).logits
         if labels is not None:
             targets = _targets(labels, targets)
         losses = loss = None
@@ -349,15 +338,21 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
             loss=loss,
             logits=logits,
             token_losses=losses,
-            new_entries=NewEntries(
-                layers=tuple(view.staged[index] for index in range(self.memory_layout.num_layers)),
-                num_tokens=rows.num_tokens,
-                document_start=document_start,
-                position=before.position,
-                starts_segment=before.pending is None,
-                is_full=rows.is_full,
-            ),
+            new_entries=reading.new_entries(),
         )
+
+    def read_window(
+        self, window: Window, request: TextRequest | None, *, state: MemoryState | None
+    ) -> WindowRead:
+        """Read vectors in the place of tokens, see `SegmentModel`.
+
+        Returns:
+            Hidden states, what was requested, and the entries to commit.
+        """
+        rows = RowTokens.of(window.embeddings, None, window.num_tokens)
+        reading = MemoryPass.of(self, rows, state)
+        hidden, output = read_causal(self.model, window, request, reading.arguments)
+        return WindowRead(hidden, output, reading.new_entries())
 
 
 def is_added(name: str) -> bool:

@@ -15,23 +15,18 @@ from byheart.adapters.families import (
     embedding_statistics,
     input_embedding,
     model_kind,
-    require_fits,
     window_model,
 )
 from byheart.adapters.heads import EncoderHead, Head, make_head
+from byheart.adapters.recurrent_checks import require_fits
 from byheart.adapters.tied import keep_tied_weights_once
 from byheart.memory.recurrent import NewMemory, RecurrentLayout, RecurrentState
-from byheart.models.decoder import Decoder
 from byheart.models.fingerprint import model_fingerprint
 from byheart.models.recurrent import RecurrentCore, Segment
 from byheart.models.recurrent_config import RecurrentMemoryConfig
-from byheart.models.recurrent_decoder import DecoderReader, inner_layout
-from byheart.models.recurrent_text import (
-    RowText,
-    gather_text,
-    new_memory,
-    require_token_ids,
-)
+from byheart.models.recurrent_text import RowText, gather_text, new_memory, require_token_ids
+from byheart.models.segment_model import SegmentModel
+from byheart.models.segment_reader import SegmentReader, inner_layout
 from byheart.models.segmentation import Step, plan_steps
 
 if TYPE_CHECKING:
@@ -61,7 +56,7 @@ class RecurrentMemory(nn.Module):
     """A model that passes memory tokens from segment to segment.
 
     A `Decoder`, alone or with its XL cache and kNN memory; of Hugging Face encoders for sequence
-    classification, causal language models and encoder-decoders:
+    classification, causal language models, also with what `attach` adds, and encoder-decoders:
 
         config = RecurrentMemoryConfig(segment_length=499, start_ids=(101,), separator_ids=(102,),
                                        end_ids=(102,), alignment="right")
@@ -79,12 +74,14 @@ class RecurrentMemory(nn.Module):
     accepts_loss_kwargs = True
     """For transformers' `Trainer`: give `num_items_in_batch` to `forward`."""
 
-    def __init__(self, model: PreTrainedModel | Decoder, config: RecurrentMemoryConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel | SegmentModel, config: RecurrentMemoryConfig
+    ) -> None:
         """Put memory around a model.
 
         Args:
-            model: A `Decoder`, or a Hugging Face model with its head. It is used as it is, and not
-                changed.
+            model: A `Decoder`, a Hugging Face model with its head, or what `attach` returns. It is
+                used as it is, and not changed.
             config: The memory.
 
         Raises:
@@ -119,7 +116,7 @@ class RecurrentMemory(nn.Module):
             num_memory_tokens=self.memory_config.num_memory_tokens,
             embed_dim=self.memory.memory.shape[1],
             segment_length=self.memory_config.segment_length,
-            inner=inner_layout(self.config) if isinstance(self.model, Decoder) else None,
+            inner=inner_layout(self.model),
         )
 
     def new_state(self, batch_size: int) -> RecurrentState:
@@ -131,7 +128,8 @@ class RecurrentMemory(nn.Module):
         Returns:
             The empty state.
         """
-        return RecurrentState.empty(self.layout, batch_size, device=self.memory.memory.device)
+        device, dtype = self.memory.memory.device, getattr(self.model, "cache_dtype", torch.float32)
+        return RecurrentState.empty(self.layout, batch_size, device=device, cache_dtype=dtype)
 
     def save_state(self, state: RecurrentState, directory: str | os.PathLike[str]) -> None:
         """Write a state of this model to a directory, with a fingerprint of the weights.
@@ -290,7 +288,7 @@ class RecurrentMemory(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: PreTrainedModel | Decoder | None, directory: str | os.PathLike[str]
+        cls, model: PreTrainedModel | SegmentModel | None, directory: str | os.PathLike[str]
     ) -> "RecurrentMemory":
         """Put saved memory around a model, see `byheart.adapters.recurrent_saving`.
 
@@ -341,7 +339,7 @@ class RecurrentMemory(nn.Module):
         entries = new_memory(
             text, before, read.memory, document_start, keep_unfinished=config.alignment == "left"
         )
-        if isinstance(read.reader, DecoderReader):
+        if isinstance(read.reader, SegmentReader):
             entries = replace(entries, inner=read.reader.state, inner_entries=read.reader.entries)
         result = head.collect([step for step, _ in wanted], read.outputs, num_items)
         if read.write_share is not None:

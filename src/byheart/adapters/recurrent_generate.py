@@ -1,5 +1,6 @@
 """Continue or answer texts of any length with a recurrent memory."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -7,7 +8,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from byheart.adapters.attach_checks import require_positions
+from byheart.adapters.families import input_embedding
+from byheart.adapters.memory_generate import memory_in_sight
+from byheart.adapters.memory_model import MemoryModel
 from byheart.adapters.recurrent import RecurrentMemory
+from byheart.adapters.recurrent_checks import without_attached
 from byheart.memory.recurrent import RecurrentState
 from byheart.models.decoder import Decoder
 from byheart.models.generate import SamplingConfig, choose
@@ -51,7 +57,7 @@ def generate(
     What is generated is read as any text is: when a segment is full, it is written to the memory,
     and generation goes on in the next one. Within a segment the model's own `generate` runs, with
     its key-value cache. A `Decoder` generates token by token, and reads its unfinished segment
-    again for each; with a kNN memory it reads the text segment by segment, too.
+    again for each. With a kNN memory the text is read segment by segment, too.
 
     Args:
         memory_model: A causal language model or encoder-decoder with recurrent memory.
@@ -105,7 +111,7 @@ def _check_options(memory_model: RecurrentMemory, options: dict[str, Any]) -> No
         msg = "generation_config cannot be passed to a decoder: give its options by their names."
         raise ValueError(msg)
     # what is not given may be the model's own; its max_length gives way to max_new_tokens
-    defaults = getattr(memory_model.model, "generation_config", None)
+    defaults = getattr(without_attached(memory_model.model), "generation_config", None)
     for name, neutral in _WHOLE_TEXT.items():
         own = None if name == "max_length" else getattr(defaults, name, None)
         value = options.get(name, own)
@@ -149,9 +155,8 @@ def _continue(
         room = int((length - state.num_pending)[unfinished].min())
         # rows that have ended would be carried on, past the window if theirs is nearly full
         rows = unfinished.nonzero()[:, 0]
-        made = _within_segment(
-            memory_model, state.select_rows(rows), last[rows], min(left, room), options
-        )
+        going = state if len(rows) == len(last) else state.select_rows(rows)
+        made = _within_segment(memory_model, going, last[rows], min(left, room), options)
         new = made.new_full((len(last), made.shape[1]), options["pad_token_id"])
         new = new.index_copy(0, rows, made)
         keep = _until_end(new, ends, unfinished)
@@ -202,7 +207,7 @@ def _with_end(
     """
     device = memory_model.memory.memory.device
     # a Decoder knows of no special tokens
-    defaults = getattr(memory_model.model, "generation_config", None)
+    defaults = getattr(without_attached(memory_model.model), "generation_config", None)
     end = options.get("eos_token_id", getattr(defaults, "eos_token_id", None))
     ends = torch.as_tensor([] if end is None else end, dtype=torch.long, device=device).flatten()
     pad = options.get("pad_token_id", getattr(defaults, "pad_token_id", None))
@@ -264,7 +269,7 @@ def _within_segment(
     Returns:
         New tokens `[batch, new]`, padding behind the end of a row.
     """
-    embed = memory_model.model.get_input_embeddings()
+    embed = input_embedding(memory_model.model)
     memory = memory_model.first_memory(state)
     counts = state.num_pending + 1
     width = int(counts.max())
@@ -278,14 +283,38 @@ def _within_segment(
     places = torch.arange(padded.shape[1], device=last.device) - (width - counts[:, None])
     order = torch.where(places < num_memory, places, places + (width - counts[:, None]))
     inputs = padded.gather(1, order.clamp(min=0)[..., None].expand(-1, -1, padded.shape[2]))
-    new = memory_model.model.generate(
-        inputs_embeds=inputs,
-        attention_mask=(places >= 0).long(),
-        max_new_tokens=max_new_tokens,
-        **{**options, **dict.fromkeys(_AT_ENDS), "return_dict_in_generate": False},
-    )
+    sight = _inner_in_sight(memory_model, state, counts + 2 * num_memory + max_new_tokens - 1)
+    with sight:
+        new = without_attached(memory_model.model).generate(
+            inputs_embeds=inputs,
+            attention_mask=(places >= 0).long(),
+            max_new_tokens=max_new_tokens,
+            **{**options, **dict.fromkeys(_AT_ENDS), "return_dict_in_generate": False},
+        )
     assert isinstance(new, Tensor)
     return new
+
+
+def _inner_in_sight(
+    memory_model: RecurrentMemory, state: RecurrentState, num_tokens: Int[Tensor, " rows"]
+) -> AbstractContextManager[None]:
+    """Let the model see its own memory, if it has one.
+
+    Args:
+        memory_model: The model.
+        state: What the rows have read.
+        num_tokens: Tokens that the window of each row will have, memory tokens included.
+
+    Returns:
+        A context in which it does.
+    """
+    attached, inner = memory_model.model, state.inner
+    if not isinstance(attached, MemoryModel) or inner is None:
+        return nullcontext()
+    inner.require_current()
+    if attached.memory_config.xl_cache_length and not attached.layers.has_rotation:
+        require_positions(attached.model, inner.position[:, None], num_tokens)
+    return memory_in_sight(attached, inner)
 
 
 def _until_end(new: Tensor, ends: Tensor, unfinished: Tensor) -> Tensor:

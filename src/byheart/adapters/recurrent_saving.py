@@ -1,7 +1,10 @@
 """Save recurrent memory without the model it was put around, and put it back."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -10,6 +13,9 @@ from transformers import PreTrainedModel
 
 from byheart.adapters.families import input_embedding
 from byheart.adapters.loading import load_saved_along, load_transformer
+from byheart.adapters.memory_model import MemoryModel
+from byheart.adapters.memory_saving import FORMAT as ATTACHED
+from byheart.adapters.memory_saving import load_attached, save_attached
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.config import load_config, save_config
 from byheart.errors import CheckpointError
@@ -18,6 +24,7 @@ from byheart.models.checkpoint import FORMAT as DECODER
 from byheart.models.checkpoint import load_model, save_model
 from byheart.models.decoder import Decoder
 from byheart.models.recurrent_config import RecurrentMemoryConfig
+from byheart.models.segment_model import SegmentModel
 
 FORMAT = "byheart-recurrent-memory"
 FORMAT_VERSION = 1
@@ -36,8 +43,8 @@ def save_recurrent(
     Args:
         memory_model: What to save.
         directory: Where to.
-        with_model: Write the model inside, too, as `save_model` or Hugging Face's checkpoints do;
-            for models whose own weights were trained.
+        with_model: Write the model inside, too, as `save_model` or Hugging Face's checkpoints do,
+            and what was attached to it; for models whose own weights were trained.
     """
     model, weights = memory_model.model, memory_model.memory.state_dict()
     content = {
@@ -52,12 +59,14 @@ def save_recurrent(
         save_file(tensors, partial / _WEIGHTS)
         if with_model and isinstance(model, Decoder):
             save_model(model, partial / _MODEL)
+        elif with_model and isinstance(model, MemoryModel):
+            save_attached(model, partial / _MODEL, with_model=True)
         elif with_model:
             model.save_pretrained(partial / _MODEL)
 
 
 def load_recurrent(
-    model: PreTrainedModel | Decoder | None, directory: str | os.PathLike[str]
+    model: PreTrainedModel | SegmentModel | None, directory: str | os.PathLike[str]
 ) -> RecurrentMemory:
     """Put saved recurrent memory around a model.
 
@@ -81,8 +90,7 @@ def load_recurrent(
     require_format(manifest, directory, FORMAT, FORMAT_VERSION)
     if model is None:
         kind = manifest["model_type"]
-        load = load_model if kind == DECODER else load_transformer
-        model = load_saved_along(directory / _MODEL, kind, load)
+        model = load_saved_along(directory / _MODEL, kind, _loader(kind))
     mine = (_model_type(model), input_embedding(model).weight.shape[1])
     theirs = (manifest["model_type"], manifest["embed_dim"])
     if mine != theirs:
@@ -102,5 +110,14 @@ def load_recurrent(
     return memory_model.eval()
 
 
-def _model_type(model: PreTrainedModel | Decoder) -> str:
-    return DECODER if isinstance(model, Decoder) else str(model.config.model_type)
+def _model_type(model: Any) -> str:
+    if isinstance(model, Decoder):
+        return DECODER
+    family = str(model.config.model_type)
+    return f"{ATTACHED}/{family}" if isinstance(model, MemoryModel) else family
+
+
+def _loader(model_type: str) -> Callable[[Path], PreTrainedModel | SegmentModel]:
+    if model_type.startswith(ATTACHED):
+        return partial(load_attached, None)
+    return load_model if model_type == DECODER else load_transformer

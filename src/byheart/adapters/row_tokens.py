@@ -33,14 +33,14 @@ class RowTokens:
     @classmethod
     def of(
         cls,
-        input_ids: Int[Tensor, "batch tokens"],
+        inputs: Shaped[Tensor, "batch tokens *vector"],
         attention_mask: Shaped[Tensor, "batch tokens"] | None,
         num_tokens: Int[Tensor, " batch"] | None,
     ) -> "RowTokens":
         """Find the real tokens.
 
         Args:
-            input_ids: The batch.
+            inputs: The batch: token ids, or a vector in the place of each.
             attention_mask: Real tokens, one run in each row; `None` for all.
             num_tokens: Tokens of each row, the first so many columns, instead of a mask.
 
@@ -51,11 +51,11 @@ class RowTokens:
             ValueError: If mask and numbers are both given, or do not fit. Where values are not
                 known, the device checks them.
         """
-        batch, width = input_ids.shape
-        columns = torch.arange(width, device=input_ids.device).expand(batch, -1)
+        batch, width = inputs.shape[:2]
+        columns = torch.arange(width, device=inputs.device).expand(batch, -1)
         if attention_mask is None:
             if num_tokens is None:
-                num_tokens = torch.full((batch,), width, device=input_ids.device)
+                num_tokens = torch.full((batch,), width, device=inputs.device)
                 return cls(
                     num_tokens=num_tokens, first_column=None, columns=columns, mask=None,
                     is_full=True,
@@ -68,9 +68,9 @@ class RowTokens:
         if num_tokens is not None:
             msg = "attention_mask and num_tokens must not both be given. Leave one out."
             raise ValueError(msg)
-        if attention_mask.shape != input_ids.shape:
+        if attention_mask.shape != inputs.shape[:2]:
             msg = (
-                f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}, got "
+                f"attention_mask must have the shape of input_ids, {[batch, width]}, got "
                 f"{list(attention_mask.shape)}."
             )
             raise ValueError(msg)

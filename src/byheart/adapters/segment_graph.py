@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from byheart.adapters.families import window_model
 from byheart.adapters.recurrent import RecurrentMemory
@@ -271,7 +272,7 @@ def _obstacle(memory_model: RecurrentMemory) -> str | None:
     if others:
         return f"all weights on one device, got {device} and {', '.join(map(str, others))}"
     if layout.inner is not None:
-        return "a model whose only state is the memory, got a Decoder with one of its own"
+        return "a model whose only state is the memory, got one with an XL cache or kNN memory"
     if not layout.num_memory_tokens:
         return "memory tokens, got num_memory_tokens 0"
     if memory_model.memory_config.alignment == "center":
@@ -284,4 +285,5 @@ def _is_known(memory_model: RecurrentMemory) -> bool:
     attention = getattr(config, "_attn_implementation", None)
     family = getattr(config, "model_type", None)
     # eager attention copies a number from main memory when it makes its mask
-    return family in _FAMILIES and attention == "sdpa"
+    is_plain = isinstance(memory_model.model, PreTrainedModel)
+    return is_plain and family in _FAMILIES and attention == "sdpa"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,8 +39,7 @@ class CausalWindowModel(HuggingFaceReader):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self.head = model.get_output_embeddings()
-        self.embed_dim = self.head.weight.shape[1]
+        self.embed_dim = model.get_output_embeddings().weight.shape[1]
 
     def __call__(self, window: Window, request: TextRequest | None) -> Encoded:
         """Read a window.
@@ -48,27 +47,46 @@ class CausalWindowModel(HuggingFaceReader):
         Returns:
             Hidden states and, if requested, a `TextOutput`.
         """
-        start = window.text_start
-        # the head of a large vocabulary costs more than a small model: for nothing it gets nothing
-        stop = start + (request.num_columns if request is not None else 0)
-        taken: list[Tensor] = []
+        return Encoded(*read_causal(self.model, window, request, {"attention_mask": _mask(window)}))
 
-        def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            taken.append(inputs[0])
-            text = inputs[0][:, start:stop]
-            return (text if request is None else request.of(text), *inputs[1:])
 
-        with _hook(self.head.register_forward_pre_hook, take):
-            logits = self.model(**_inputs(window), use_cache=False).logits
-        if request is None:
-            return Encoded(taken[0], None)
-        losses = None
-        if request.targets is not None:
-            losses = nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), request.targets.flatten(), reduction="none"
-            ).view_as(request.targets)
-        output = TextOutput(token_losses=losses, logits=logits if request.logits else None)
-        return Encoded(taken[0], output)
+def read_causal(
+    model: PreTrainedModel,
+    window: Window,
+    request: TextRequest | None,
+    arguments: dict[str, Any],
+) -> tuple[Float[Tensor, "rows window embed_dim"], TextOutput | None]:
+    """Read a window with a decoder that has a language-model head.
+
+    Args:
+        model: The decoder.
+        window: The window.
+        request: What is wanted of the text; `None` for nothing.
+        arguments: What the model is given besides the window's embeddings.
+
+    Returns:
+        Hidden states as the head reads them, and what was requested.
+    """
+    start = window.text_start
+    # the head of a large vocabulary costs more than a small model: for nothing it gets nothing
+    stop = start + (request.num_columns if request is not None else 0)
+    taken: list[Tensor] = []
+
+    def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.append(inputs[0])
+        text = inputs[0][:, start:stop]
+        return (text if request is None else request.of(text), *inputs[1:])
+
+    with _hook(model.get_output_embeddings().register_forward_pre_hook, take):
+        logits = model(inputs_embeds=window.embeddings, use_cache=False, **arguments).logits
+    if request is None:
+        return taken[0], None
+    losses = None
+    if request.targets is not None:
+        losses = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), request.targets.flatten(), reduction="none"
+        ).view_as(request.targets)
+    return taken[0], TextOutput(losses, logits if request.logits else None)
 
 
 class ClassifierWindowModel(HuggingFaceReader):
@@ -138,10 +156,13 @@ class Seq2SeqWindowModel(HuggingFaceReader):
         return Encoded(hidden, logits)
 
 
-def _inputs(window: Window) -> dict[str, Any]:
+def _mask(window: Window) -> Int[Tensor, "rows window"] | None:
     # without padding no mask is passed: that is plain causal attention to every backend
-    mask = None if window.mask is None else window.mask.long()
-    return {"inputs_embeds": window.embeddings, "attention_mask": mask}
+    return None if window.mask is None else window.mask.long()
+
+
+def _inputs(window: Window) -> dict[str, Any]:
+    return {"inputs_embeds": window.embeddings, "attention_mask": _mask(window)}
 
 
 @contextmanager

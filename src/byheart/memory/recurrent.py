@@ -113,7 +113,12 @@ class RecurrentState:
 
     @classmethod
     def empty(
-        cls, layout: RecurrentLayout, batch_size: int, *, device: torch.device | None = None
+        cls,
+        layout: RecurrentLayout,
+        batch_size: int,
+        *,
+        device: torch.device | None = None,
+        cache_dtype: torch.dtype = torch.float32,
     ) -> "RecurrentState":
         """Make a state in which no row has read anything.
 
@@ -121,6 +126,7 @@ class RecurrentState:
             layout: The model's layout.
             batch_size: Rows.
             device: Where the state lives.
+            cache_dtype: Precision of the model's XL caches.
 
         Returns:
             The empty state.
@@ -134,7 +140,7 @@ class RecurrentState:
         zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
         inner = None
         if layout.inner is not None:
-            inner = MemoryState.empty(layout.inner, batch_size, device=device)
+            inner = MemoryState.empty(layout.inner, batch_size, dtype=cache_dtype, device=device)
         return cls(
             layout=layout,
             memory=torch.zeros(

@@ -14,7 +14,9 @@ from byheart.models.config import DecoderConfig
 from byheart.models.init import initialize
 from byheart.models.local import LocalContext
 from byheart.models.norm import RMSNorm
-from byheart.models.segment_model import SegmentModel, layer_metrics
+from byheart.models.segment_model import SegmentModel, WindowRead, layer_metrics
+from byheart.models.text_output import TextOutput, TextRequest
+from byheart.models.window import Window
 from byheart.ops import known
 from byheart.ops.losses import IGNORED, cross_entropy
 
@@ -105,6 +107,10 @@ class Decoder(SegmentModel):
     def memory_layout(self) -> MemoryLayout:
         """The shape of its memory."""
         return self.config.memory_layout
+
+    def input_embedding(self) -> nn.Embedding:
+        """Return what turns token ids into vectors."""
+        return self.embedding
 
     def forward(
         self,
@@ -203,6 +209,26 @@ class Decoder(SegmentModel):
             is_full=is_full,
         )
         return self.norm(hidden), new_entries
+
+    def read_window(
+        self, window: Window, request: TextRequest | None, *, state: MemoryState | None
+    ) -> WindowRead:
+        """Read a window, see `SegmentModel`.
+
+        Returns:
+            Hidden states, what was requested, and the entries to commit.
+        """
+        hidden, new_entries = self.read_embeddings(
+            window.embeddings, state=state, num_tokens=window.num_tokens
+        )
+        output = None
+        if request is not None:
+            text = hidden[:, window.text_start : window.text_start + request.num_columns]
+            losses, logits = self.predict(
+                request.of(text), targets=request.targets, logits=request.logits
+            )
+            output = TextOutput(losses, logits)
+        return WindowRead(hidden, output, new_entries)
 
     def predict(
         self,

@@ -3,6 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,9 +11,22 @@ from torch import Tensor, nn
 
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.persistence import load_state, save_state
-from byheart.memory.state import MemoryState
+from byheart.memory.state import MemoryState, NewEntries
 from byheart.memory.stores import MakeStore
 from byheart.models.fingerprint import model_fingerprint
+from byheart.models.text_output import TextOutput, TextRequest
+from byheart.models.window import Window
+
+
+class WindowRead(NamedTuple):
+    """What a model makes of a window."""
+
+    hidden: Float[Tensor, "rows window embed_dim"]
+    """Last hidden states, as the output layer reads them."""
+    output: TextOutput | None
+    """What was requested of the text."""
+    new_entries: NewEntries
+    """What the window adds to memory."""
 
 
 class SegmentModel(nn.Module, ABC):
@@ -42,6 +56,31 @@ class SegmentModel(nn.Module, ABC):
     def cache_dtype(self) -> torch.dtype:
         """Precision of the XL caches."""
         return torch.float32
+
+    @abstractmethod
+    def input_embedding(self) -> Any:
+        """Return what turns token ids into vectors."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the input embeddings."""
+        width: int = self.input_embedding().weight.shape[1]
+        return width
+
+    @abstractmethod
+    def read_window(
+        self, window: Window, request: TextRequest | None, *, state: MemoryState | None
+    ) -> WindowRead:
+        """Read vectors in the place of tokens, inside of a segment.
+
+        Args:
+            window: The vectors, and which of them are text.
+            request: What is wanted of the text; `None` for nothing.
+            state: What the rows have read; `None` for nothing.
+
+        Returns:
+            Hidden states, what was requested, and the entries to commit.
+        """
 
     @abstractmethod
     def memory_metrics(self) -> dict[str, float]:

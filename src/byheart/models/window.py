@@ -32,6 +32,11 @@ class Window:
     """Rows whose segment is complete; `None` for all. The others are read again with what
     follows."""
 
+    @property
+    def num_tokens(self) -> Int[Tensor, " rows"] | None:
+        """Real positions of each row; `None` if all are."""
+        return None if self.mask is None else self.mask.sum(dim=1)
+
 
 def build_window(
     config: RecurrentMemoryConfig,

@@ -10,7 +10,7 @@ import torch
 from byheart.memory.config import KnnMemoryConfig
 from byheart.models.recurrent import RecurrentCore, Segment
 from byheart.models.recurrent_config import RecurrentMemoryConfig
-from byheart.models.recurrent_decoder import DecoderReader, inner_layout, require_decoder_fits
+from byheart.models.segment_reader import SegmentReader, inner_layout, require_decoder_fits
 from byheart.models.text_output import TextRequest
 from byheart.models.window import build_window
 from byheart.testing.tiny import random_tokens, tiny_config, tiny_decoder
@@ -43,13 +43,13 @@ def make_core(**changes):
 @torch.no_grad()
 def make_reader(decoder, *, past=0):
     """Read with a decoder, if it has memory of its own with one that holds `past` segments."""
-    if inner_layout(decoder.config) is None:
-        return DecoderReader(decoder)
+    if inner_layout(decoder) is None:
+        return SegmentReader(decoder)
     state = decoder.new_state(ROWS)
     for piece in random_tokens(ROWS, past * WINDOW, seed=9).split(WINDOW, dim=1):
         if past:
             state = state.commit(decoder(piece, state=state).new_entries)
-    return DecoderReader(decoder, state)
+    return SegmentReader(decoder, state)
 
 
 def make_segments(count, *, losses=None, tokens=None):
@@ -149,7 +149,7 @@ def test_a_call_reads_the_knn_memory_that_was_there_when_it_began(kind):
     state = make_reader(decoder, past=2).state
     segments = make_segments(3)
     outputs, memory, reader, _ = core.unroll(
-        DecoderReader(decoder, state), segments, first_memory(core)
+        SegmentReader(decoder, state), segments, first_memory(core)
     )
     # by hand: every segment reads the same ring, and the XL cache of the segment before
     cache, before = state, first_memory(core).float()
@@ -162,7 +162,7 @@ def test_a_call_reads_the_knn_memory_that_was_there_when_it_began(kind):
                                               logits=True)[1])  # fmt: skip
     assert torch.equal(state.stores[1].num_written, reader.state.stores[1].num_written)
     assert len(reader.entries) == 3
-    read_again = core.unroll(DecoderReader(decoder, state), segments, first_memory(core))
+    read_again = core.unroll(SegmentReader(decoder, state), segments, first_memory(core))
     assert torch.equal(read_again.memory, memory)
 
 

@@ -1,0 +1,159 @@
+"""What must hold before recurrent memory is put around a model."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from byheart.adapters.attention_hook import has_hooks
+from byheart.adapters.families import (
+    Kind,
+    attention_reach,
+    has_global_layer,
+    max_positions,
+    model_kind,
+    window_model,
+)
+from byheart.adapters.memory_model import MemoryModel
+from byheart.models.decoder import Decoder
+from byheart.models.recurrent_config import RecurrentMemoryConfig
+from byheart.models.segment_model import SegmentModel
+from byheart.models.segment_reader import require_decoder_fits, require_segment_fits
+
+# they multiply what they look up themselves, and what is given to them not at all
+_SCALED_OUTSIDE = ("blenderbot-small", "falcon_h1", "mvp", "pegasus")
+
+# they pass what is in the places of padding on to the text beside it
+_MIX_PADDING = ("convbert", "fnet", "mobilebert", "nystromformer", "yoso")
+
+
+def window_length(config: RecurrentMemoryConfig, kind: Kind) -> int:
+    """Return the positions that a segment with memory and special tokens takes."""
+    copies = 2 if kind == "decoder" else 1
+    return config.segment_length + config.num_special_tokens + copies * config.num_memory_tokens
+
+
+def require_fits(model: PreTrainedModel | SegmentModel, config: RecurrentMemoryConfig) -> None:
+    """Refuse a memory that the model could not use.
+
+    Args:
+        model: The model.
+        config: The memory.
+
+    Raises:
+        ValueError: If the window is too small, local attention would cut the memory off, hidden
+            states do not fit into the embedding, the model scales its embeddings outside of them
+            or mixes padding with text, special tokens stand around a decoder's memory, or a memory
+            of the model's own would not be read.
+    """
+    kind = model_kind(model)
+    if kind == "decoder" and config.num_special_tokens:
+        msg = (
+            "start_ids, separator_ids and end_ids must be empty for a decoder, got "
+            f"{config.start_ids}, {config.separator_ids}, {config.end_ids}. Put special tokens "
+            "into the text."
+        )
+        raise ValueError(msg)
+    if isinstance(model, Decoder):
+        require_decoder_fits(model.config, config)
+        return
+    if isinstance(model, SegmentModel):
+        name, settings = type(model).__name__, "byheart.attach"
+        require_segment_fits(model.memory_layout, config, model=name, settings=settings)
+        model = without_attached(model)
+    else:
+        _require_nothing_attached(model)
+    _require_embedding(model)
+    _require_window(model, config, kind)
+    _require_ids(model, config)
+
+
+def without_attached(model: Any) -> Any:
+    """Return the model itself, to which `attach` may have given a memory.
+
+    Args:
+        model: Any model that recurrent memory is around.
+
+    Returns:
+        The model below, or the model given if it is no `MemoryModel`.
+    """
+    return model.model if isinstance(model, MemoryModel) else model
+
+
+def _require_nothing_attached(model: PreTrainedModel) -> None:
+    if has_hooks(model):
+        msg = (
+            "The model has a memory that byheart.attach has put on it, and that would not be read "
+            "from here. Pass what attach has returned, RecurrentMemory(memory_model, config), or "
+            "take the memory off first with memory_model.detach()."
+        )
+        raise ValueError(msg)
+
+
+def _require_embedding(model: PreTrainedModel) -> None:
+    reader = window_model(model)
+    width = model.get_input_embeddings().weight.shape[1]
+    if reader.embed_dim != width:
+        msg = (
+            f"Hidden states must be as wide as the token embeddings, got {reader.embed_dim} and "
+            f"{width} for {type(model).__name__}: what is written could not be read. Use a model "
+            "without factorised embeddings."
+        )
+        raise ValueError(msg)
+    family = model.config.model_type
+    if family in _MIX_PADDING:
+        msg = (
+            f"Padding must change nothing, but {family} mixes it with the text, so that rows would "
+            "depend on the others of their batch. Use another encoder."
+        )
+        raise ValueError(msg)
+    scale = getattr(model.config, "embedding_multiplier", 1.0)
+    if family in _SCALED_OUTSIDE and (scale != 1.0 or getattr(model.config, "scale_embedding", 0)):
+        msg = (
+            f"Token embeddings must be what the first layer reads, but {family} scales them after "
+            "the lookup. Use a model without scale_embedding or embedding_multiplier."
+        )
+        raise ValueError(msg)
+
+
+def _require_window(model: PreTrainedModel, config: RecurrentMemoryConfig, kind: Kind) -> None:
+    needed = window_length(config, kind)
+    positions = max_positions(model)
+    if positions is not None and needed > positions:
+        msg = (
+            f"Segment, memory and special tokens must fit into the window of {positions} "
+            f"positions, got {needed}: {config.segment_length} text, {config.num_memory_tokens} "
+            f"memory{' (twice)' if kind == 'decoder' else ''}, {config.num_special_tokens} "
+            f"special. {_shorten(config, needed - positions)}"
+        )
+        raise ValueError(msg)
+    reach = None if has_global_layer(model) else attention_reach(model)
+    if config.num_memory_tokens and reach is not None and needed > reach:
+        msg = (
+            f"All of a window must see the memory, but no layer of {type(model).__name__} looks "
+            f"farther than {reach} positions, and the window has {needed}. "
+            f"{_shorten(config, needed - reach)}"
+        )
+        raise ValueError(msg)
+
+
+def _shorten(config: RecurrentMemoryConfig, excess: int) -> str:
+    """Say how to make a window smaller by so many positions.
+
+    Returns:
+        A sentence.
+    """
+    fitting = config.segment_length - excess
+    if fitting < 1:
+        return "Use fewer memory tokens: they leave no place for text."
+    return f"Set segment_length to at most {fitting}."
+
+
+def _require_ids(model: PreTrainedModel, config: RecurrentMemoryConfig) -> None:
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    ids = (*config.start_ids, *config.separator_ids, *config.end_ids)
+    if any(not 0 <= token < vocab_size for token in ids):
+        msg = (
+            f"Special tokens must be below the model's vocabulary of {vocab_size}, got {ids}. Use "
+            "the tokenizer that belongs to the model."
+        )
+        raise ValueError(msg)
