@@ -21,6 +21,7 @@ class TinyModel(nn.Module):
     of embedding s tells what reaches segment s."""
 
     embed_dim = WIDTH
+    has_memory = False
 
     def __init__(self, *, writes=True, dropout=0.0, num_tokens=40):
         super().__init__()

@@ -81,6 +81,7 @@ class _AttentionReader(HuggingFaceReader):
     """A reader of windows whose output is their attention."""
 
     writes = False
+    has_memory = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

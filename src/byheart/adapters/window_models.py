@@ -36,6 +36,7 @@ class CausalWindowModel(HuggingFaceReader):
     """
 
     writes = True
+    has_memory = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -93,6 +94,7 @@ class ClassifierWindowModel(HuggingFaceReader):
     """An encoder with a head for whole texts, such as `BertForSequenceClassification`."""
 
     writes = False
+    has_memory = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -128,6 +130,7 @@ class Seq2SeqWindowModel(HuggingFaceReader):
     """An encoder-decoder: the encoder has the memory, the decoder reads the last segment."""
 
     writes = False
+    has_memory = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

@@ -40,6 +40,8 @@ class WindowModel(Protocol):
     """Its input embedding: token ids to vectors."""
     writes: bool
     """Whether memory is written behind the text (decoders), or in the places it is read."""
+    has_memory: bool
+    """Whether it reads a memory of its own, which a commit uses up."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Return the model's parameters, for replay."""
@@ -299,8 +301,9 @@ class RecurrentCore(nn.Module):
         is_whole: bool = False,
     ) -> _Run:
         if self.config.replay and segments and torch.is_grad_enabled():
-            # of many short runs each would keep a segment
-            return self._replay(model, segments, memory, keeps_last=is_whole)
+            # of many short runs each would keep a segment, and a commit would change what is kept
+            keeps_last = is_whole and not model.has_memory
+            return self._replay(model, segments, memory, keeps_last=keeps_last)
         reads = []
         for segment in segments:
             memory, read, model = self._read(model, segment, memory)

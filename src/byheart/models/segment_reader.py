@@ -45,6 +45,8 @@ class SegmentReader:
         self.entries = entries
         self.embedding: nn.Module = model.input_embedding()
         self.embed_dim = model.embed_dim
+        # the XL cache is a tensor of its own after every segment, the entries of a store are not
+        self.has_memory = state is not None and bool(state.stores)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Return the model's parameters."""
