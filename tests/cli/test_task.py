@@ -245,7 +245,7 @@ def test_task_recipes_are_listed_and_shown(command):
     code, out, _ = command("train", "--list")
     assert code == 0
     assert "rmt-capacity" in out
-    code, out, _ = command("train", "rmt-detect", "--set", "task.form=report", "--show")
+    code, out, _ = command("train", "rmt-memorize", "--set", "task.form=report", "--show")
     assert json.loads(out)["task"]["form"] == "report"
 
 

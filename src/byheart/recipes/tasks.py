@@ -24,7 +24,15 @@ def rmt_memorize() -> TaskRunConfig:
 
 def rmt_detect() -> TaskRunConfig:
     """Find a fact anywhere in a text and keep it to the question."""
-    return TaskRunConfig(name="rmt-detect", task=TaskPart(name="detect"))
+    return TaskRunConfig(
+        name="rmt-detect",
+        task=TaskPart(name="detect"),
+        # a memory that is written anew in every segment drifts in long texts, also while it is
+        # empty: gates keep it, and learn to in texts as long as those of evaluation
+        curriculum=CurriculumConfig(continue_steps=600, burn_in_segments=1024),
+        memory=MemoryPart(update="gated", gate_bias_init=2.0),
+        training=TaskTrainingConfig(write_cost=0.3),
+    )
 
 
 def rmt_reason() -> TaskRunConfig:
