@@ -28,6 +28,7 @@ CONTINUE_STEPS = {"reason": 0, "detect": 200}
 LENGTHS = {"reason": (1, 2), "detect": (4, 16, 64, 256)}
 """Segments of the documents that are measured in the end."""
 SAMPLES = 200
+"""Documents of each length."""
 SHARED = {
     "weights themselves, no running average": ["training.average_decay=0"],
     "no weight decay": ["training.weight_decay=0"],
@@ -50,12 +51,16 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "BERT": ["encoder.architecture=bert"],
         "documents of the stage's length alone": ["curriculum.lengths=stage"],
         "the same rate in all stages": ["training.length_decay=0"],
-        "gated update": ["memory.update=gated"],
+        "no gates": [
+            "memory.update=replace", "memory.gate_bias_init=-2.0", "training.write_cost=0",
+        ],
+        "no cost of writing": ["training.write_cost=0"],
+        "no burn-in": ["curriculum.burn_in_segments=0"],
         "noise of 0.3 on the memory": ["memory.noise=0.3"],
         "no fragments of facts in the background": ["task.fragments=0"],
         **SHARED,
     },
-}
+}  # fmt: skip
 
 
 def learn(

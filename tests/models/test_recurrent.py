@@ -1,6 +1,8 @@
 """Recurrent memory around a model of our own: gradients, replay, and what is kept for them."""
 
+import gc
 import itertools
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -287,6 +289,32 @@ def test_replay_reads_every_segment_twice_but_the_last():
     outputs[-1].sum().backward()
     assert len(model.requests) == 7 + 6 + 7
     close(core.memory.grad, once)
+
+
+@pytest.mark.parametrize("losses", [[0], [6]])
+@pytest.mark.parametrize("backward", [True, False])
+def test_replay_lets_go_of_the_last_segment(losses, backward):
+    seen = []
+
+    class Watched(TinyModel):
+        def forward(self, window, request):
+            encoded = super().forward(window, request)
+            seen.append(weakref.ref(encoded.hidden))
+            return encoded
+
+    core, model = make_core(replay=True), Watched()
+    gc.disable()
+    try:
+        result = core.unroll(model, make_segments(7, losses=losses), first_memory(core))
+        last = seen[6]
+        if backward:
+            assert last() is not None
+            result.outputs[losses[0]].sum().backward()
+        else:
+            del result
+        assert last() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["backward inside", "backward behind"])

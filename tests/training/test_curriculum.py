@@ -155,6 +155,8 @@ def test_beginnings_come_when_the_last_stage_was_reached_and_double_equally_ofte
     shares = [sum(low < count <= 4 * low for count in read) / len(read) for low in (4, 16, 64)]
     assert shares == pytest.approx([0.25] * 3, abs=0.04)
     assert not any(after(1.0, 1.0, 1.0).num_burn_in(0, step) for step in range(99))
+    longer = after(1.0, 1.0, burn_in_segments=4, min_segments=2)
+    assert {longer.num_burn_in(0, step) for step in range(200)} == {0, 2, 3, 4}
 
 
 def test_lengths_follow_from_seed_and_step_alone():
@@ -191,6 +193,10 @@ def test_the_rate_falls_with_the_length_of_the_stage():
         ({"continue_segments": 2}, "continue_segments must be at least 3, got 2"),
         ({"stage_steps": 9}, "stage_steps must be at least 10, got 9"),
         ({"burn_in_segments": -1}, "burn_in_segments must be at least 0, got -1"),
+        (
+            {"burn_in_segments": 1, "min_segments": 2},
+            "burn_in_segments must be at least 2, got 1",
+        ),
         ({"burn_in_rows": 0}, "burn_in_rows must be at least 1, got 0"),
         ({"burn_in_share": 1.5}, "burn_in_share must be between 0 and 1, got 1.5"),
         ({"stage_share": 1.5}, "stage_share must be between 0 and 1, got 1.5"),

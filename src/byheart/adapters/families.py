@@ -164,8 +164,8 @@ def has_global_layer(model: PreTrainedModel) -> bool:
 
 def _layer_kinds(model: PreTrainedModel) -> list[str]:
     config = model.config.get_text_config()
-    kinds = (getattr(config, name, None) or () for name in ("layer_types", "attention_layers"))
-    return [kind for layers in kinds for kind in layers]
+    names = ("layer_types", "attention_layers")
+    return list(next((kinds for name in names if (kinds := getattr(config, name, None))), ()))
 
 
 def attention_reach(model: PreTrainedModel) -> int | None:

@@ -191,12 +191,12 @@ def _kept_document(trained: "TrainedTask") -> "TaskSample":
     Returns:
         The first; without one, document 0.
     """
-    samples = [trained.task.sample(index, _ATTENTION_SEGMENTS) for index in range(_MOST_DOCUMENTS)]
-    for sample in samples:
+    for index in range(_MOST_DOCUMENTS):
+        sample = trained.task.sample(index, _ATTENTION_SEGMENTS)
         last_segment = sample.num_tokens - trained.run.segment_length
         if all(position + len(fact) <= last_segment for position, fact in sample.facts):
             return sample
-    return samples[0]
+    return trained.task.sample(0, _ATTENTION_SEGMENTS)
 
 
 def _measure(plan: _Plan, directory: Path) -> "SegmentsResult":

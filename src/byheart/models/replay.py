@@ -43,7 +43,10 @@ def replayed(
     plan = _Plan(read, num_segments, memory.device, keeps_last=keeps_last)
     memory, *flat = _Replay.apply(plan, memory, *parameters)  # type: ignore[no-untyped-call]
     tensors = iter(flat)
-    return [_filled(output, tensors) for output in plan.outputs], memory
+    outputs = [_filled(output, tensors) for output in plan.outputs]
+    # the plan lives as long as the graph of these tensors, and must not keep them in turn
+    plan.outputs.clear()
+    return outputs, memory
 
 
 class _Plan:
@@ -164,6 +167,8 @@ class _Replay(torch.autograd.Function):
                     total = totals[place]
                     if part is not None:
                         totals[place] = part if total is None else total.add_(part)
+                # of the last segment, if nothing has asked for it
+                plan.kept = None
         return (None, grad, *totals)
 
 

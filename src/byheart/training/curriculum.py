@@ -49,9 +49,9 @@ class CurriculumConfig:
     """Segments of the longest documents in those steps; `None` for `max_segments`. What is kept
     over many more segments than were ever read in training wears away."""
     burn_in_segments: int = 0
-    """Segments, at most, that are read before a document without a gradient in those steps: from 1
-    to so many, as often 1 to 2 as 2 to 4 and so on; 0 for none. What the memory becomes in so many
-    segments, in which perhaps nothing happens, no shorter document shows."""
+    """Segments, at most, that are read before a document without a gradient in those steps: at
+    least `min_segments`, and as often 1 to 2 as 2 to 4 and so on; 0 for none. What the memory
+    becomes in so many segments, in which perhaps nothing happens, no shorter document shows."""
     burn_in_share: float = 0.5
     """Share of the steps with such a beginning."""
     burn_in_rows: int = 4
@@ -73,6 +73,8 @@ class CurriculumConfig:
             ("burn_in_rows", 1),
         ):
             require_at_least(name, getattr(self, name), least)
+        if self.burn_in_segments:
+            require_at_least("burn_in_segments", self.burn_in_segments, self.min_segments)
         if self.continue_segments is not None:
             require_at_least("continue_segments", self.continue_segments, self.max_segments)
         for name in ("stage_share", "advance_accuracy", "burn_in_share"):
@@ -244,7 +246,8 @@ class Curriculum:
         generator = np.random.default_rng((seed, step, _BURN_IN_SEED))
         if generator.random() >= self.config.burn_in_share:
             return 0
-        return round(math.exp(generator.uniform(0, math.log(most))))
+        least = self.config.min_segments
+        return round(math.exp(generator.uniform(math.log(least), math.log(most))))
 
     def rate_share(
         self,

@@ -34,9 +34,10 @@ def draw_burn_in(
 ) -> BurnIn:
     """Draw documents that share their beginnings.
 
-    Half of the beginnings hold the facts, and the others none. So a reader learns to keep what it
-    has read long ago, and to read it after a long time without any. Half of them, whether with
-    facts or not, hold the fragments of the task: documents of evaluation have none.
+    Each beginning holds the facts with a probability of one half. So a reader learns to keep what
+    it has read long ago, and to read it after a long time without any. Each holds the fragments of
+    the task with a probability of one half, too: documents of evaluation have none. If both parts
+    have as many segments, the first document of a beginning repeats its background.
 
     Args:
         task: The documents, in clean form.
