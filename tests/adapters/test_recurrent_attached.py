@@ -88,19 +88,19 @@ def assert_same_inner(mine, theirs):
         close(store.values * used, other.values * used)
 
 
-@kinds
+# the other kinds of memory: below, with three families
+@pytest.mark.parametrize("kind", ["XL cache", "both"])
 def test_without_memory_tokens_it_is_the_attached_model(attachable, kind, make, draw):
     memory_model, ids = make(attachable.name, kind, tokens=0), draw(2, 31)
     attached = memory_model.model
     base = read_tokens(attached, ids, attached.new_state(2), return_logits=True)
     logits, state = read(memory_model, ids)
     exact(logits, base.logits)
-    if kind in ("alone", "XL cache", "short XL cache"):
+    if kind == "XL cache":
         with torch.no_grad():
             exact(memory_model(ids).logits, base.logits)
-    if state.inner is not None:
-        whole = read_tokens(attached, ids[:, :28], attached.new_state(2)).state
-        assert_same_inner(state.inner, whole)
+    whole = read_tokens(attached, ids[:, :28], attached.new_state(2)).state
+    assert_same_inner(state.inner, whole)
 
 
 @families
