@@ -11,7 +11,10 @@ def task_section(task: str) -> str | None:
         return None
     made = result["made_by"]
     curriculum = (read(f"{task}/seed-0/config.json") or {})["curriculum"]
-    longer = curriculum.get("continue_segments")
+    longer, before = (curriculum.get(f"{name}_segments") for name in ("continue", "burn_in"))
+    more = f", then up to {longer}" if longer else ""
+    if before:
+        more += f", at last half of them behind up to {before:,} that are read without a gradient"
     note = HERE / "results" / task / "note.md"
     versions = ", ".join(f"{name} {v}" for name, v in made["versions"].items())
     return "\n\n".join(
@@ -19,7 +22,7 @@ def task_section(task: str) -> str | None:
             f"## Recurrent memory: {task}",
             "An encoder of 0.9M parameters from scratch, windows of 64 tokens of which 51 are "
             "text, 10 memory tokens, trained on documents of 1 to "
-            f"{curriculum['max_segments']} segments{f', then up to {longer}' if longer else ''}; "
+            f"{curriculum['max_segments']} segments{more}; "
             "held-out facts in held-out stories. The report's column is a pretrained BERT with "
             "segments of 499 tokens, trained on 1 to 7 (Bulatov et al. 2023, Figure 1).",
             (HERE / "results" / task / f"{task}.md").read_text(encoding="utf-8").strip(),
