@@ -1,7 +1,9 @@
 """Tiny Hugging Face models of many families, with random weights that make attention uneven."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,9 @@ from transformers import PreTrainedModel
 
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.models.recurrent_config import RecurrentMemoryConfig
+
+# for `recurrent_states`
+sys.path.append(str(Path(__file__).parent))
 
 VOCAB = 43
 LABELS = 5
