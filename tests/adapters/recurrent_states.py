@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-close = partial(torch.testing.assert_close, rtol=1e-5, atol=2e-5)
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 
 def read(memory_model, ids, state=None, *, piece=None, **arguments):

@@ -14,7 +14,7 @@ from byheart.adapters.recurrent import RecurrentMemory
 from byheart.errors import CheckpointError, MemoryStateError
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 
-close = partial(torch.testing.assert_close, rtol=1e-5, atol=2e-5)
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 exact = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
 TEXT, MEMORY = 7, 2
 FAMILIES = ["llama", "gpt2", "qwen3"]

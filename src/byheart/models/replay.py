@@ -161,14 +161,14 @@ class _Replay(torch.autograd.Function):
                 wanted = [grad, *grad_outputs[start:end]]
                 end = start
                 if all(part is None for part in wanted):
+                    # two segments must not exist at a time
+                    plan.kept = None
                     continue
                 grad, *found = _gradients(plan.again(index, before[index]), wanted, parameters)
                 for place, part in enumerate(found):
                     total = totals[place]
                     if part is not None:
                         totals[place] = part if total is None else total.add_(part)
-                # of the last segment, if nothing has asked for it
-                plan.kept = None
         return (None, grad, *totals)
 
 
