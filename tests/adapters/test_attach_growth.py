@@ -52,9 +52,10 @@ def bytes_alive():
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        # not isinstance, which wakes modules that are loaded on demand
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-            # a compiler's tensors, which other tests may have left, have shapes and no data
+        # the exact types: isinstance wakes modules that are loaded on demand, and a compiler's
+        # tensors, which other tests may have left, are subclasses with shapes and no data
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+            # or wrappers of such
             with suppress(RuntimeError):
                 storage = thing.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
