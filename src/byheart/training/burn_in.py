@@ -55,7 +55,6 @@ def draw_documents(
         num_beginnings=curriculum.config.burn_in_rows,
         burn_in_segments=burn_in_segments,
         num_segments=num_segments,
-        superseded_share=curriculum.config.burn_in_superseded,
     )
     return documents.endings, read_beginnings(memory_model, documents, precision=precision)
 

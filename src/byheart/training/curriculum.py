@@ -56,9 +56,6 @@ class CurriculumConfig:
     """Share of the steps with such a beginning."""
     burn_in_rows: int = 4
     """Different beginnings of a forward pass; its documents share them, so they cost little."""
-    burn_in_superseded: float = 0.0
-    """Share of the documents behind a beginning with facts that have, and are asked for, facts of
-    their own. So a memory that holds facts, or what it took for them, learns to take up others."""
     keep_stages: bool = False
     """Whether the model is kept as it was when each stage was reached. That is a whole model per
     stage: 3 GB for a BERT and 7 stages, and only their comparison needs it."""
@@ -80,7 +77,7 @@ class CurriculumConfig:
             require_at_least("burn_in_segments", self.burn_in_segments, self.min_segments)
         if self.continue_segments is not None:
             require_at_least("continue_segments", self.continue_segments, self.max_segments)
-        for name in ("stage_share", "advance_accuracy", "burn_in_share", "burn_in_superseded"):
+        for name in ("stage_share", "advance_accuracy", "burn_in_share"):
             if not 0 <= getattr(self, name) <= 1:
                 msg = f"{name} must be between 0 and 1, got {getattr(self, name)}."
                 raise ValueError(msg)

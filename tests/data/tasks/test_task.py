@@ -382,9 +382,8 @@ def test_as_many_questions_are_asked_as_there_are(make, words, tmp_path):
     assert max(map(len, labels)) == 3
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_documents_with_shared_beginnings_ask_for_the_last_of_their_facts(make, name, share):
+def test_documents_with_shared_beginnings_have_their_facts_in_one_of_two_parts(make, name):
     task = make(name, fragments=1.0, any_length=True)
     least = task.min_segments
     kinds = Counter()
@@ -396,7 +395,6 @@ def test_documents_with_shared_beginnings_ask_for_the_last_of_their_facts(make, 
             num_beginnings=3,
             burn_in_segments=least + 8,
             num_segments=least + 1,
-            superseded_share=share,
         )
         assert documents.groups == [0, 0, 0, 1, 1, 1, 2, 2]
         assert len(documents.beginnings) == 3
@@ -411,11 +409,10 @@ def test_documents_with_shared_beginnings_ask_for_the_last_of_their_facts(make, 
             kinds[bool(beginning.facts)] += 1
             kinds["fragments"] += bool(beginning.fragments)
             assert ending.num_tokens == alone.num_tokens
-            source = task.sample(8 * step + documents.groups.index(group), least + 8)
             if beginning.facts:
-                kinds["superseded"] += bool(ending.facts)
+                source = task.sample(8 * step + documents.groups.index(group), least + 8)
+                assert ending.facts == ()
                 assert beginning.fact_positions == source.fact_positions
-            if beginning.facts and not ending.facts:
                 assert ending.label == source.label
                 np.testing.assert_array_equal(ending.question, source.question)
             else:
@@ -425,10 +422,6 @@ def test_documents_with_shared_beginnings_ask_for_the_last_of_their_facts(make, 
             np.testing.assert_array_equal(ids[len(ids) - ending.question_length :], ending.question)
     assert min(kinds[True], kinds[False], kinds["fragments"]) > 24
     assert kinds["fragments"] < 72
-    if share == 0.5:
-        assert 12 < kinds["superseded"] < kinds[True] - 12
-    else:
-        assert kinds["superseded"] == share * kinds[True]
 
 
 def test_no_more_beginnings_than_documents(make):

@@ -31,30 +31,25 @@ def draw_burn_in(
     num_beginnings: int,
     burn_in_segments: int,
     num_segments: int,
-    superseded_share: float = 0.0,
 ) -> BurnIn:
     """Draw documents that share their beginnings.
 
     Each beginning holds the facts with a probability of one half. So a reader learns to keep what
-    it has read long ago, and to read it after a long time without any. Some of the documents that
-    follow facts can have later ones, so that it learns to let go of what it keeps, too: what looks
-    like a fact in a long text is kept like one. Each holds the fragments of
+    it has read long ago, and to read it after a long time without any. Each holds the fragments of
     the task with a probability of one half, too: documents of evaluation have none. If both parts
     have as many segments, the first document of a beginning repeats its background.
 
     Args:
         task: The documents, in clean form.
         indices: Which of them.
-        seed: Non-negative numbers that decide which beginnings hold facts, and which fragments,
-            and which endings have facts all the same.
+        seed: Non-negative numbers that decide which beginnings hold facts, and which fragments.
         num_beginnings: Different beginnings, at most as many as documents.
         burn_in_segments: Segments of a beginning.
         num_segments: Segments of an ending.
-        superseded_share: Probability that an ending has facts of its own although its beginning
-            holds some.
 
     Returns:
-        One ending per index. It asks for its own facts; one without, for those of its beginning.
+        One ending per index. Endings of beginnings with facts have none of their own, and ask for
+        those.
 
     Source:
         Kapturowski et al. 2019, Recurrent Experience Replay in Distributed Reinforcement Learning,
@@ -66,13 +61,12 @@ def draw_burn_in(
         task.sample(indices[groups.index(group)], burn_in_segments)
         for group in range(num_beginnings)
     ]
-    generator = np.random.default_rng(seed)
-    has_facts, has_fragments = (generator.random((2, num_beginnings)) < 0.5).tolist()
-    superseded = (generator.random(len(indices)) < superseded_share).tolist()
+    draws = np.random.default_rng(seed).random((2, num_beginnings)) < 0.5
+    has_facts, has_fragments = draws.tolist()
     endings = []
-    for index, group, has_own in zip(indices, groups, superseded, strict=True):
+    for index, group in zip(indices, groups, strict=True):
         ending, before = task.sample(index, num_segments), whole[group]
-        if has_facts[group] and not has_own:
+        if has_facts[group]:
             ending = replace(ending, facts=(), question=before.question, label=before.label)
         endings.append(ending)
     num_tokens = burn_in_segments * task.config.segment_length
