@@ -38,7 +38,9 @@ def attach() -> RunConfig:
     """A memory of 8K on a pretrained decoder that you name with --model.
 
     All weights learn; --set pretrained.trains=memory leaves the model's own as they are,
-    memory_layers those of the layers without a memory.
+    memory_layers those of the layers without a memory. The layer is the paper's, the 9th of 12; in
+    the models of up to 6 layers that were measured the last one learned most
+    (--set pretrained.memory.knn.layers=[-1], docs/log.md).
     """
     knn = KnnMemoryConfig(layers=(-4,), memory_size=8192, age_slope=0.5)
     return RunConfig(
