@@ -47,6 +47,13 @@ def test_only_training_has_documents_that_end_anywhere():
     assert TaskPart(name="detect", any_length=True).resolve(9, "train").any_length
 
 
+def test_only_training_has_strangers():
+    part = TaskPart(name="detect", strangers=0.25)
+    assert [part.resolve(9, split).strangers for split in ("train", "validation")] == [0.25, 0.0]
+    with pytest.raises(ValueError, match=r"strangers must be 0 for form='report', got 0\.25"):
+        TaskPart(name="detect", form="report", strangers=0.25)
+
+
 def test_only_training_has_fragments():
     part = TaskPart(name="detect", fragments=0.25)
     assert [part.resolve(9, split).fragments for split in ("train", "validation")] == [0.25, 0.0]

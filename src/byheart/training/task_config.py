@@ -42,6 +42,9 @@ class TaskPart:
     """Parts of facts per segment, on average, in the background of training: only whole facts
     count. `None` is two per segment, and none in the report's form. Evaluation has
     only what its stories have."""
+    strangers: float = 0.0
+    """Sentences about somebody else per segment, on average, in the background of training;
+    `memorize` and `detect`. Evaluation has only what its stories have."""
     num_questions: int | None = None
     """Questions about the same facts in the same background, in training, so that documents of a
     batch differ in the question alone. `None` is four in `reason`, and one in the report's form."""
@@ -82,6 +85,7 @@ class TaskPart:
             facts=self.facts,
             num_questions=self._num_questions if split == "train" else 1,
             fragments=self._fragments if split == "train" else 0.0,
+            strangers=self.strangers if split == "train" else 0.0,
             any_length=self._any_length if split == "train" else False,
             background=self.background if split == "train" else self.validation_background,
         )

@@ -6,7 +6,12 @@ import pytest
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import models, pre_tokenizers
 
-from byheart.data.tasks.facts import people_sentences, relation_stories, story_sentences
+from byheart.data.tasks.facts import (
+    people_sentences,
+    relation_stories,
+    story_sentences,
+    stranger_sentences,
+)
 from byheart.data.tokenize import BpeTokenizer
 
 
@@ -21,7 +26,7 @@ def words(article):
     """Words and punctuation marks are tokens, wherever they stand."""
     facts, questions = people_sentences()
     texts = [*facts, *questions, *story_sentences(relation_stories(None)), article, "endsWho very"]
-    texts.append(" ".join(f"w{i}" for i in range(400)))
+    texts += [" ".join(f"w{i}" for i in range(400)), *stranger_sentences()]
     splitter = pre_tokenizers.BertPreTokenizer()
     found = dict.fromkeys(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
     vocab = {word: i for i, word in enumerate(["[UNK]", *found])}

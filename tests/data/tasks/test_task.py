@@ -15,7 +15,8 @@ from byheart.data.tasks import (
     pad_questions,
     train_task_tokenizer,
 )
-from byheart.data.tasks.facts import KEYS, RELATION_ROOMS, ROOMS
+from byheart.data.tasks.facts import KEYS, RELATION_ROOMS, ROOMS, VERBS, stranger_sentences
+from byheart.data.tasks.facts import NAMES as NAMED
 from byheart.data.tokenize import ByteTokenizer
 
 NAMES = ("memorize", "detect", "reason", "capacity")
@@ -97,17 +98,54 @@ def test_fragments_are_parts_of_facts_without_their_beginning(make, words, name)
     assert seen["with a room"] > seen["fragments"] / 5
 
 
+@pytest.mark.parametrize("name", ["memorize", "detect"])
+def test_strangers_look_like_facts_and_are_none(make, words, name):
+    task = make(name, strangers=1.0, segment_length=31)
+    both, plain = (make(name, segment_length=31, fragments=2.0, strangers=s) for s in (1.0, 0.0))
+    strangers = {tuple(ids.tolist()) for ids in words.encode_batch(stranger_sentences())}
+    seen = Counter()
+    for index in range(60):
+        sample, same = task.sample(index, 1 + index % 3), plain.sample(index, 1 + index % 3)
+        seen["segments"] += sample.num_segments
+        seen["strangers"] += len(sample.fragments)
+        for position, sentence in sample.fragments:
+            found = sample.tokens(position, position + len(sentence))
+            np.testing.assert_array_equal(found, sentence)
+            assert tuple(sentence.tolist()) in strangers
+            text = words.decode(sentence)
+            assert text.split()[0] not in NAMED
+            seen["wandering"] += any(f"{verb} to the " in text for verb in VERBS)
+        assert (sample.label, sample.question.tolist()) == (same.label, same.question.tolist())
+        assert [f.tolist() for _, f in sample.facts] == [f.tolist() for _, f in same.facts]
+        # fragments stay what they are beside strangers, of which a short document drops some
+        kept, drawn = (
+            Counter(tuple(piece.tolist()) for _, piece in made.sample(index, 3).fragments)
+            for made in (both, plain)
+        )
+        for stranger in strangers:
+            del kept[stranger]
+        assert kept <= drawn
+        seen["kept"] += kept.total()
+        seen["drawn"] += drawn.total()
+    assert 0.5 * seen["segments"] < seen["strangers"] < 1.5 * seen["segments"]
+    assert 0 < seen["wandering"] < 0.6 * seen["strangers"]
+    assert seen["kept"] > 0.8 * seen["drawn"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"strangers": -1.0}, "strangers must be at least 0 and finite, got -1"),
+        ({"strangers": 1.0, "form": "report"}, "strangers must be 0 for form='report', got 1"),
+        ({"strangers": 1.0, "name": "reason"}, "strangers must be 0 for name='reason', got 1"),
         ({"fragments": -1.0}, "fragments must be at least 0 and finite, got -1"),
         ({"fragments": float("nan")}, "fragments must be at least 0 and finite, got nan"),
         ({"fragments": 1.0, "form": "report"}, "fragments must be 0 for form='report', got 1"),
     ],
 )
-def test_impossible_fragments_are_refused(settings, message):
+def test_impossible_fragments_and_strangers_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        TaskConfig(name="detect", segment_length=9, **settings)
+        TaskConfig(**{"name": "detect", "segment_length": 9, **settings})
 
 
 @pytest.mark.parametrize("name", ["memorize", "detect", "capacity"])

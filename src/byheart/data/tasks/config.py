@@ -33,6 +33,10 @@ class TaskConfig:
     fragments: float = 0.0
     """Parts of facts per segment, on average, that stand in the background without being facts
     ("went to the kitchen"); not in the report's form."""
+    strangers: float = 0.0
+    """Sentences per segment, on average, that say of somebody else where they are or go ("The
+    captain walked into the office."), as stories do; `memorize` and `detect`, not in the report's
+    form."""
     num_questions: int = 1
     """Questions about the same facts in the same background, in documents that follow each other;
     `reason` only. Never more than the facts with most questions allow."""
@@ -57,8 +61,12 @@ class TaskConfig:
                 f"num_facts must be 1 for name='{self.name}', got {self.num_facts}. Use 'capacity'."
             )
             raise ValueError(msg)
-        if not 0 <= self.fragments < math.inf:
-            msg = f"fragments must be at least 0 and finite, got {self.fragments}."
+        for field in ("fragments", "strangers"):
+            if not 0 <= getattr(self, field) < math.inf:
+                msg = f"{field} must be at least 0 and finite, got {getattr(self, field)}."
+                raise ValueError(msg)
+        if self.strangers and self.name not in {"memorize", "detect"}:
+            msg = f"strangers must be 0 for name='{self.name}', got {self.strangers}."
             raise ValueError(msg)
         self._check_questions()
         if self.facts is not None and self.name != "reason":
@@ -76,9 +84,12 @@ class TaskConfig:
             raise ValueError(msg)
 
     def _check_report(self) -> None:
-        if self.fragments:
-            msg = f"fragments must be 0 for form='report', got {self.fragments}. Use 'clean'."
-            raise ValueError(msg)
+        for field in ("fragments", "strangers"):
+            if getattr(self, field):
+                msg = (
+                    f"{field} must be 0 for form='report', got {getattr(self, field)}. Use 'clean'."
+                )
+                raise ValueError(msg)
         if self.any_length:
             msg = "any_length must be false for form='report', got true. Use 'clean'."
             raise ValueError(msg)

@@ -43,6 +43,7 @@ __all__ = [
     "people_stories",
     "relation_stories",
     "story_sentences",
+    "stranger_sentences",
 ]
 
 Split: TypeAlias = Literal["train", "validation"]
@@ -74,6 +75,18 @@ KEYS = (
     "Theresa", "Thomas", "Victor", "Walter",
 )  # fmt: skip
 """Persons of `capacity`; the first four are `NAMES`."""
+
+_STRANGERS = (
+    *KEYS[len(NAMES) :], "He", "She", "They", "I", "We", "Everyone", "Nobody", "The man",
+    "The woman", "The boy", "The girl", "The captain", "The doctor", "His father", "Her mother",
+    "My brother", "Our guest", "The old man", "The robot", "Mr. Brown", "Mrs. Hill",
+)  # fmt: skip
+_ELSEWHERE = (
+    *(f"{verb} to the" for verb in VERBS), "walked to the", "walked into the", "ran into the",
+    "hurried to his", "strode to her", "came into the", "came out of the", "backed out of the",
+    "had left the", "stood in the", "was in the", "is at the", "was late to the", "worked in the",
+    "sat in my", "looked into the", "turned to the little", "burst into the", "called from the",
+)  # fmt: skip
 
 # (steps from the first to the second and third room) of the layouts held out, for each axis
 _HELD_OUT_STEPS = (((1, 3), (4, 2)), ((2, 5), (5, 1)))
@@ -135,6 +148,18 @@ def people_sentences() -> tuple[list[str], list[str]]:
     everyone = range(len(KEYS))
     everything = product(everyone, range(len(VERBS)), range(len(ROOMS)))
     return [_people_fact(*fact) for fact in everything], [_where(name) for name in everyone]
+
+
+def stranger_sentences() -> list[str]:
+    """List sentences that look like facts of `memorize` and `detect` and are none.
+
+    Returns:
+        Somebody who is none of `NAMES` goes, is or was in each of the rooms.
+    """
+    return [
+        f"{stranger} {elsewhere} {room}."
+        for stranger, elsewhere, room in product(_STRANGERS, _ELSEWHERE, ROOMS)
+    ]
 
 
 def story_sentences(stories: Sequence[Story]) -> list[str]:

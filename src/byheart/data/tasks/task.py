@@ -10,10 +10,11 @@
 All are classification into rooms; the question ends the document. In the **clean** form, held-out
 facts are never trained on (how they are chosen: `byheart.data.tasks.facts`), a fact begins at any
 token, so that it may cross a segment boundary, and no background comes twice. On request, parts of
-facts stand in the background ("went to the kitchen"), as stories have them too. Only a document
-longer than the whole background goes on with the same stories in another order. The **report**
-form is the report's own: same facts in training and evaluation, the same place in every segment
-(`byheart.data.tasks.placement`), one article repeated for the whole document.
+facts stand in the background ("went to the kitchen"), as stories have them too, and strangers
+("The captain walked into the office."). Only a document longer than the whole background goes on
+with the same stories in another order. The **report** form is the report's own: same facts in
+training and evaluation, the same place in every segment (`byheart.data.tasks.placement`), one
+article repeated for the whole document.
 
 Source:
     Bulatov et al. 2023, Scaling Transformer to 1M tokens and beyond with RMT, "Memorization Tasks"
@@ -41,6 +42,7 @@ from byheart.data.tasks.facts import (
     people_stories,
     relation_stories,
     story_sentences,
+    stranger_sentences,
 )
 from byheart.data.tasks.placement import REPORT_SPECIALS, place_anywhere, place_like_report
 from byheart.data.tasks.sample import TaskSample
@@ -58,7 +60,7 @@ __all__ = ["Task"]
 
 # facts take their randomness apart from the background, so that neither depends on how much the
 # other consumes
-_FACT_SEED, _BACKGROUND_SEED, _FRAGMENT_SEED, _LENGTH_SEED = 0, 1, 2, 3
+_FACT_SEED, _BACKGROUND_SEED, _FRAGMENT_SEED, _LENGTH_SEED, _STRANGER_SEED = 0, 1, 2, 3, 4
 # so many first tokens of a fact, which tell of whom or what it is, no fragment has
 _SUBJECT_TOKENS = 2
 
@@ -97,6 +99,7 @@ class Task:
         self._stories, self.labels = _stories(config, split)
         """The answers, in the order of their indices."""
         self._sentences = self._encode_sentences()
+        self._strangers = self._encode(stranger_sentences() if config.strangers else [])
         self._longest = self._check_lengths()
         self._asked = _by_facts(self._stories or ())
         texts = read_background(config.background, split)
@@ -180,7 +183,7 @@ class Task:
             lengths_rng = np.random.default_rng((*seed, _LENGTH_SEED))
             num_tokens = int(lengths_rng.integers(before + len(question), num_tokens + 1))
         num_background = num_tokens - len(question) - sum(lengths)
-        fragments = self._draw_fragments((*seed, _FRAGMENT_SEED), num_segments, num_background)
+        fragments = self._draw_fragments(seed, num_segments, num_background)
         num_background -= sum(len(tokens) for _, tokens in fragments)
         others = [(gap, len(tokens)) for gap, tokens in fragments]
         positions = self._place(rng, lengths, num_segments, num_background, others)
@@ -215,21 +218,33 @@ class Task:
         self, seed: tuple[int, ...], num_segments: int, num_background: int
     ) -> list[tuple[int, Int32[np.ndarray, " _fragment"]]]:
         # how many background tokens each has before it, and its tokens
-        if not self.config.fragments:
+        if not self.config.fragments and not self.config.strangers:
             return []
-        rng = np.random.default_rng(seed)
-        fragments, left = [], num_background
+        rng = np.random.default_rng((*seed, _FRAGMENT_SEED))
+        drawn = self._draw_strangers((*seed, _STRANGER_SEED), num_segments)
         for _ in range(rng.poisson(self.config.fragments * num_segments)):
             facts = self._draw_story(rng).facts
             fact = self._sentences[facts[rng.integers(len(facts))]]
             first = int(rng.integers(min(_SUBJECT_TOKENS, len(fact) - 1), len(fact)))
-            fragment = fact[first : int(rng.integers(first, len(fact))) + 1]
+            drawn.append(fact[first : int(rng.integers(first, len(fact))) + 1])
+        fragments, left = [], num_background
+        for fragment in drawn:
             # at least half of the background stays
             if len(fragment) <= left - num_background // 2:
                 fragments.append(fragment)
                 left -= len(fragment)
         gaps = rng.integers(left + 1, size=len(fragments)).tolist()
         return list(zip(gaps, fragments, strict=True))
+
+    def _draw_strangers(
+        self, seed: tuple[int, ...], num_segments: int
+    ) -> list[Int32[np.ndarray, " _sentence"]]:
+        if not self.config.strangers:
+            return []
+        rng = np.random.default_rng(seed)
+        sentences = list(self._strangers.values())
+        count = rng.poisson(self.config.strangers * num_segments)
+        return [sentences[place] for place in rng.integers(len(sentences), size=count)]
 
     def _place(
         self,
@@ -257,6 +272,9 @@ class Task:
             sentences = [*facts, *questions]
         else:
             sentences = story_sentences(self._stories)
+        return self._encode(sentences)
+
+    def _encode(self, sentences: list[str]) -> dict[str, Int32[np.ndarray, " _token"]]:
         # in the report a fact stands directly before its text, without a space between
         prefix = "" if self.config.form == "report" else " "
         encoded = self.tokenizer.encode_batch([prefix + sentence for sentence in sentences])
