@@ -99,7 +99,8 @@ class Task:
         self._stories, self.labels = _stories(config, split)
         """The answers, in the order of their indices."""
         self._sentences = self._encode_sentences()
-        self._strangers = self._encode(stranger_sentences() if config.strangers else [])
+        strangers = stranger_sentences() if config.strangers else []
+        self._strangers = list(self._encode(strangers).values())
         self._longest = self._check_lengths()
         self._asked = _by_facts(self._stories or ())
         texts = read_background(config.background, split)
@@ -242,9 +243,8 @@ class Task:
         if not self.config.strangers:
             return []
         rng = np.random.default_rng(seed)
-        sentences = list(self._strangers.values())
         count = rng.poisson(self.config.strangers * num_segments)
-        return [sentences[place] for place in rng.integers(len(sentences), size=count)]
+        return [self._strangers[place] for place in rng.integers(len(self._strangers), size=count)]
 
     def _place(
         self,
