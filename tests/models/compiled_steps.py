@@ -152,17 +152,22 @@ def describe(error):
     return said
 
 
+CHECKS = {"protection": check_protection, "in place": check_writes_in_place}
+
+
 def main() -> None:
-    kind, *arguments = sys.argv[1:]
-    if kind == "protection":
-        check_protection()
-    elif kind == "in place":
-        check_writes_in_place()
-    else:
-        name, cache, backend = arguments
-        check = check_decoding if kind == "decode" else partial(check_training, kind)
-        check(name, int(cache), backend=backend)
-    assert not counters["graph_break"], counters["graph_break"]
+    """Run checks named by the command line, or comparisons: `kind,name,cache`."""
+    for case in sys.argv[1:]:
+        sys.stderr.write(f"{case}\n")
+        # nothing compiled before is used again
+        torch.compiler.reset()
+        if case in CHECKS:
+            CHECKS[case]()
+        else:
+            kind, name, cache = case.split(",")
+            check = check_decoding if kind == "decode" else partial(check_training, kind)
+            check(name, int(cache), backend="aot_eager")
+        assert not counters["graph_break"], counters["graph_break"]
 
 
 if __name__ == "__main__":
