@@ -47,9 +47,14 @@ def test_only_training_has_documents_that_end_anywhere():
     assert TaskPart(name="detect", any_length=True).resolve(9, "train").any_length
 
 
-def test_only_training_has_strangers():
-    part = TaskPart(name="detect", strangers=0.25)
-    assert [part.resolve(9, split).strangers for split in ("train", "validation")] == [0.25, 0.0]
+def test_only_training_has_strangers_namesakes_and_more_stories():
+    part = TaskPart(name="detect", strangers=0.25, namesakes=0.5, more_stories=True)
+    train, validation = (part.resolve(9, split) for split in ("train", "validation"))
+    assert (train.strangers, train.namesakes, train.more_stories) == (0.25, 0.5, True)
+    assert (validation.strangers, validation.namesakes) == (0.0, 0.0)
+    assert not validation.more_stories
+    with pytest.raises(ValueError, match=r"more_stories must be false with a background, got 'x'"):
+        TaskPart(name="detect", more_stories=True, background="x", validation_background="y")
     with pytest.raises(ValueError, match=r"strangers must be 0 for form='report', got 0\.25"):
         TaskPart(name="detect", form="report", strangers=0.25)
 

@@ -45,6 +45,9 @@ class TaskPart:
     strangers: float = 0.0
     """Sentences about somebody else per segment, on average, in the background of training;
     `memorize` and `detect`. Evaluation has only what its stories have."""
+    namesakes: float = 0.0
+    """Share of the people in the stories of training that are called like those of the facts;
+    `memorize` and `detect`. Evaluation has its stories as they are."""
     num_questions: int | None = None
     """Questions about the same facts in the same background, in training, so that documents of a
     batch differ in the question alone. `None` is four in `reason`, and one in the report's form."""
@@ -53,6 +56,9 @@ class TaskPart:
     and no in the report's form. Those of evaluation fill it."""
     background: str | None = None
     """Documents around the facts of training; `None` takes the stories that come with byheart."""
+    more_stories: bool = False
+    """Whether training has all 118 stories to train on that come with byheart, eleven times as much
+    text as the 31 that it has without."""
     validation_background: str | None = None
     """Documents around the facts of evaluation."""
 
@@ -86,7 +92,9 @@ class TaskPart:
             num_questions=self._num_questions if split == "train" else 1,
             fragments=self._fragments if split == "train" else 0.0,
             strangers=self.strangers if split == "train" else 0.0,
+            namesakes=self.namesakes if split == "train" else 0.0,
             any_length=self._any_length if split == "train" else False,
+            more_stories=self.more_stories and split == "train",
             background=self.background if split == "train" else self.validation_background,
         )
 

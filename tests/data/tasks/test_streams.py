@@ -62,23 +62,33 @@ def test_a_stream_costs_the_same_anywhere(words, numbered, article):
 
 def test_the_background_that_comes_along_is_cc0_and_disjoint():
     ids, num_bytes, num_chars = {}, 0, {}
-    for split in ("train", "validation"):
-        path = background_path(split)
+    for name in ("train", "more", "validation"):
+        path = background_path(name)
         num_bytes += path.stat().st_size
         with lzma.open(path, "rt", encoding="utf-8") as lines:
             records = [json.loads(line) for line in lines]
         assert {record["licence"] for record in records} == {"CC0-1.0"}
         readme = (path.parent / "README.md").read_text(encoding="utf-8")
         for record in records:
-            _, repository, name = record["source"].split(":")
+            _, repository, place = record["source"].split(":")
             assert repository in readme
-            assert name.removeprefix("src/epub/text/").removesuffix(".xhtml") in readme
-        ids[split] = {record["id"] for record in records}
-        num_chars[split] = sum(len(record["text"]) for record in records)
-        assert len(read_background(None, split)) == len(records)
-    assert not ids["train"] & ids["validation"]
-    assert num_bytes < 410_000
+            assert place.removeprefix("src/epub/text/").removesuffix(".xhtml") in readme
+        ids[name] = {record["id"] for record in records}
+        num_chars[name] = sum(len(record["text"]) for record in records)
+    assert len(set.union(*ids.values())) == sum(map(len, ids.values()))
+    assert num_bytes < 2_200_000
     assert min(num_chars.values()) > 550_000
+    few, more = (read_background(None, "train", more=more) for more in (False, True))
+    assert more[: len(few)] == few
+    assert (len(few), len(more)) == (len(ids["train"]), len(ids["train"]) + len(ids["more"]))
+    assert sum(map(len, more)) > 11 * sum(map(len, few))
+
+
+def test_only_training_has_more_stories(numbered):
+    with pytest.raises(ValueError, match=r"more stories are .* got path=None and split='valid"):
+        read_background(None, "validation", more=True)
+    with pytest.raises(ValueError, match=r"more stories are .* got path='.*lines\.jsonl' and"):
+        read_background(numbered, "train", more=True)
 
 
 def test_a_background_without_text_is_refused(write_lines, words, monkeypatch, tmp_path):

@@ -37,6 +37,9 @@ class TaskConfig:
     """Sentences per segment, on average, that say of somebody else where they are or go ("The
     captain walked into the office."), as stories do; `memorize` and `detect`, not in the report's
     form."""
+    namesakes: float = 0.0
+    """Share of the people in the background's stories that are called like those of the facts;
+    `memorize` and `detect`, not in the report's form."""
     num_questions: int = 1
     """Questions about the same facts in the same background, in documents that follow each other;
     `reason` only. Never more than the facts with most questions allow."""
@@ -47,6 +50,9 @@ class TaskConfig:
     """Documents in any format `iter_documents` reads. Give each split its own.
 
     `None` takes the stories that come with byheart, of which those of the splits differ."""
+    more_stories: bool = False
+    """Whether the 87 longer ones follow the 31 stories to train on that come with byheart: eleven
+    times as much text, for readers who must not take stories for facts."""
 
     def __post_init__(self) -> None:
         require_choices(self)
@@ -61,19 +67,29 @@ class TaskConfig:
                 f"num_facts must be 1 for name='{self.name}', got {self.num_facts}. Use 'capacity'."
             )
             raise ValueError(msg)
-        for field in ("fragments", "strangers"):
-            if not 0 <= getattr(self, field) < math.inf:
-                msg = f"{field} must be at least 0 and finite, got {getattr(self, field)}."
-                raise ValueError(msg)
-        if self.strangers and self.name not in {"memorize", "detect"}:
-            msg = f"strangers must be 0 for name='{self.name}', got {self.strangers}."
-            raise ValueError(msg)
+        self._check_lures()
         self._check_questions()
         if self.facts is not None and self.name != "reason":
             msg = f"facts must be None for name='{self.name}', got {self.facts!r}. Use 'reason'."
             raise ValueError(msg)
+        if self.more_stories and self.background is not None:
+            msg = f"more_stories must be false with a background, got {self.background!r}."
+            raise ValueError(msg)
         if self.form == "report":
             self._check_report()
+
+    def _check_lures(self) -> None:
+        for field in ("fragments", "strangers"):
+            if not 0 <= getattr(self, field) < math.inf:
+                msg = f"{field} must be at least 0 and finite, got {getattr(self, field)}."
+                raise ValueError(msg)
+        if not 0 <= self.namesakes <= 1:
+            msg = f"namesakes must be between 0 and 1, got {self.namesakes}."
+            raise ValueError(msg)
+        for field in ("strangers", "namesakes"):
+            if getattr(self, field) and self.name not in {"memorize", "detect"}:
+                msg = f"{field} must be 0 for name='{self.name}', got {getattr(self, field)}."
+                raise ValueError(msg)
 
     def _check_questions(self) -> None:
         if self.num_questions < 1:
@@ -84,7 +100,7 @@ class TaskConfig:
             raise ValueError(msg)
 
     def _check_report(self) -> None:
-        for field in ("fragments", "strangers"):
+        for field in ("fragments", "strangers", "namesakes"):
             if getattr(self, field):
                 msg = (
                     f"{field} must be 0 for form='report', got {getattr(self, field)}. Use 'clean'."

@@ -2,8 +2,9 @@
 
 import os
 from importlib import resources
+from itertools import chain
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -40,13 +41,13 @@ class TokenStream(Protocol):
         ...
 
 
-def background_path(split: Split) -> Path:
-    """Tell where the background that comes with byheart lies: short stories under CC0.
+def background_path(name: Split | Literal["more"]) -> Path:
+    """Tell where the background that comes with byheart lies: stories under CC0.
 
     `README.md` beside it names the stories, their sources and licence.
 
     Args:
-        split: Which stories; none is in both.
+        name: Those of a split, or the other, longer ones to train on. No story is in two files.
 
     Returns:
         A JSON lines file that `iter_documents` reads.
@@ -54,29 +55,41 @@ def background_path(split: Split) -> Path:
     Raises:
         DataError: If byheart was installed without the file.
     """
-    path = Path(str(resources.files(__package__) / "background" / f"{split}.jsonl.xz"))
+    path = Path(str(resources.files(__package__) / "background" / f"{name}.jsonl.xz"))
     if not path.is_file():
         msg = f"The background must lie at {path}, and does not. Install byheart again."
         raise DataError(msg)
     return path
 
 
-def read_background(path: str | os.PathLike[str] | None, split: Split) -> list[str]:
+def read_background(
+    path: str | os.PathLike[str] | None, split: Split, *, more: bool = False
+) -> list[str]:
     """Read the texts of a background.
 
     Args:
         path: Anything `iter_documents` reads, used for both splits; `None` takes the background
             that comes with byheart.
         split: Which of the stories that come with byheart.
+        more: Whether the longer stories to train on follow them. Only training can have them.
 
     Returns:
         The texts with anything but white space in them.
 
     Raises:
         DataError: If there is no such text.
+        ValueError: If `more` stories are asked for where there are none.
     """
+    if more and (path is not None or split != "train"):
+        msg = (
+            "more stories are among those of byheart's to train on, and there only, got "
+            f"path={None if path is None else os.fspath(path)!r} and split={split!r}."
+        )
+        raise ValueError(msg)
     place = background_path(split) if path is None else path
-    texts = [document.text for document in iter_documents(place) if document.text.strip()]
+    places = [place, background_path("more")] if more else [place]
+    documents = chain.from_iterable(map(iter_documents, places))
+    texts = [document.text for document in documents if document.text.strip()]
     if not texts:
         msg = f"background must hold text, and {os.fspath(place)} holds none. Check the path."
         raise DataError(msg)

@@ -31,6 +31,7 @@ from jaxtyping import Int32
 
 from byheart.data.tasks.config import TaskConfig
 from byheart.data.tasks.facts import (
+    NAMES,
     RELATION_ROOMS,
     ROOMS,
     Split,
@@ -44,6 +45,7 @@ from byheart.data.tasks.facts import (
     story_sentences,
     stranger_sentences,
 )
+from byheart.data.tasks.namesakes import add_namesakes
 from byheart.data.tasks.placement import REPORT_SPECIALS, place_anywhere, place_like_report
 from byheart.data.tasks.sample import TaskSample
 from byheart.data.tasks.stories_file import read_stories, split_stories
@@ -61,6 +63,7 @@ __all__ = ["Task"]
 # facts take their randomness apart from the background, so that neither depends on how much the
 # other consumes
 _FACT_SEED, _BACKGROUND_SEED, _FRAGMENT_SEED, _LENGTH_SEED, _STRANGER_SEED = 0, 1, 2, 3, 4
+_NAMESAKE_SEED = 5
 # so many first tokens of a fact, which tell of whom or what it is, no fragment has
 _SUBJECT_TOKENS = 2
 
@@ -79,7 +82,8 @@ class Task:
 
     Raises:
         ValueError: If a segment cannot hold facts and question, of `capacity` one fact and the
-            question, or `split` or `seed` is out of range.
+            question, `split` or `seed` is out of range, or more stories are asked for to evaluate
+            with.
         DataError: If the background or the file of facts cannot be used.
     """
 
@@ -103,7 +107,10 @@ class Task:
         self._strangers = list(self._encode(strangers).values())
         self._longest = self._check_lengths()
         self._asked = _by_facts(self._stories or ())
-        texts = read_background(config.background, split)
+        texts = read_background(config.background, split, more=config.more_stories)
+        if config.namesakes:
+            rng = np.random.default_rng((seed, _NAMESAKE_SEED))
+            texts = add_namesakes(texts, NAMES, config.namesakes, rng)
         self._background = _Background(texts, tokenizer, is_report=config.form == "report")
 
     @property

@@ -16,7 +16,7 @@ def train_task_tokenizer(config: TaskConfig, vocab_size: int = 4096) -> BpeToken
     tokenizer serves them all; of the usual 4,096 tokens one is each person, room and direction.
 
     Args:
-        config: Whose `background` and file of `facts` to learn from, besides the templates.
+        config: Whose background and file of `facts` to learn from, besides the templates.
         vocab_size: Tokens to learn at most, at least 257.
 
     Returns:
@@ -31,6 +31,6 @@ def train_task_tokenizer(config: TaskConfig, vocab_size: int = 4096) -> BpeToken
         stories += read_stories(config.facts, num_facts=2)
     facts, questions = people_sentences()
     sentences = [*facts, *questions, *story_sentences(stories)]
-    texts = read_background(config.background, "train")
+    texts = read_background(config.background, "train", more=config.more_stories)
     # words are learnt with the space before them, as they stand in documents
     return BpeTokenizer.train([*texts, "".join(f" {s}" for s in sentences)], vocab_size)
