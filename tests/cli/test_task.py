@@ -104,6 +104,23 @@ def test_evaluate_task_json_is_the_only_thing_on_standard_output(command, run_di
     assert json.loads(out)["accuracy_deviation"] is None
 
 
+def test_evaluate_task_reads_other_documents(command, run_dir, tmp_path):
+    (tmp_path / "stories.txt").write_text("Wind and rain and nothing else. " * 40)
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    config = json.loads((copy / "config.json").read_text())
+    # those of the run need not be there
+    config["task"]["validation_background"] = "my/stories"
+    (copy / "config.json").write_text(json.dumps(config))
+    arguments = ["evaluate-task", copy, "--segments", "2", "--samples", 3, "--no-plot", "--json"]
+    code, out, err = command(*arguments, "--background", tmp_path / "stories.txt")
+    assert code == 0, err
+    assert json.loads(out)["background"] == str(tmp_path / "stories.txt")
+    code, _, err = command(*arguments, "--background", tmp_path / "nothing.txt")
+    assert code == 1
+    assert "must be an existing file or folder" in err
+
+
 @pytest.mark.parametrize("segments", ["0,1", "one", "1,,2"])
 def test_lengths_that_are_none_are_wrong_usage(command, run_dir, segments):
     code, _, err = command("evaluate-task", run_dir, "--segments", segments)

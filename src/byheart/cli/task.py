@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,6 +78,10 @@ def evaluate_task(
     ] = DEFAULT_SEGMENTS,
     samples: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 400,
     rows: Annotated[int, typer.Option(min=1, help="Documents read side by side.")] = 50,
+    background: Annotated[
+        Path | None,
+        typer.Option(help="Documents around the facts; default: those of the run's evaluation."),
+    ] = None,
     device: DeviceOption = None,
     out: Annotated[
         Path | None,
@@ -102,13 +107,17 @@ def evaluate_task(
         require_finished(run)
     directory = out or runs[0] / "evaluation"
     prepare_output(directory)
-    found = RunsResult(
-        runs=tuple(
-            measure_run(run, lengths, samples=samples, rows=rows, device=str(where)) for run in runs
-        )
-    )
+    measure = partial(
+        measure_run,
+        segments=lengths, samples=samples, rows=rows, device=str(where), background=background,
+    )  # fmt: skip
+    found = RunsResult(runs=tuple(map(measure, runs)))
     table = found.to_markdown()
-    result = {"models": [str(run) for run in runs], **found.to_dict()}
+    result = {
+        "models": [str(run) for run in runs],
+        "background": None if background is None else str(background),
+        **found.to_dict(),
+    }
     name = found.runs[0].task
     draw = (lambda path: plot_accuracy_by_segments({name: found}, path)) if plot else None
     files = write_output(directory, "segments", result, table, draw)
@@ -145,7 +154,13 @@ def parse_segments(text: str) -> tuple[int, ...]:
 
 
 def measure_run(
-    run: Path, segments: Sequence[int], *, samples: int, rows: int, device: str
+    run: Path,
+    segments: Sequence[int],
+    *,
+    samples: int,
+    rows: int,
+    device: str,
+    background: Path | None = None,
 ) -> "SegmentsResult":
     """Measure the accuracy of a finished run, with a progress bar.
 
@@ -155,13 +170,15 @@ def measure_run(
         samples: Documents of each length.
         rows: Documents read at the same time.
         device: Where to.
+        background: Documents around the facts; `None` for those of the run's evaluation.
 
     Returns:
         Accuracy by length.
     """
     from byheart.training.task_files import load_task_run
 
-    return measure_trained(load_task_run(run), segments, samples=samples, rows=rows, device=device)
+    trained = load_task_run(run, background=background)
+    return measure_trained(trained, segments, samples=samples, rows=rows, device=device)
 
 
 def measure_trained(

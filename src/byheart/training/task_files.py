@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,20 @@ def find_result(run_dir: str | os.PathLike[str], run: TaskRunConfig) -> dict[str
     return None
 
 
-def load_task_run(run_dir: str | os.PathLike[str], *, stage: int | None = None) -> TrainedTask:
+def load_task_run(
+    run_dir: str | os.PathLike[str],
+    *,
+    stage: int | None = None,
+    background: str | os.PathLike[str] | None = None,
+) -> TrainedTask:
     """Load what a run has left.
 
     Args:
         run_dir: Directory of the run.
         stage: Segments of the stage whose model is wanted, as it was when the stage was reached;
             the run may be unfinished. `None` for the model of the finished run.
+        background: Documents around the facts, in any format `iter_documents` reads. `None` for
+            those of the run's own evaluation.
 
     Returns:
         Model and documents.
@@ -98,11 +105,12 @@ def load_task_run(run_dir: str | os.PathLike[str], *, stage: int | None = None) 
         require_finished(directory)
     model = directory / MODEL if stage is None else stage_directory(directory, stage)
     run = load_config(TaskRunConfig, directory / CONFIG)
-    _require_files(run, directory)
+    _require_files(run, directory, has_background=background is not None)
+    tokenizer = load_tokenizer(directory / TOKENIZER)
     return TrainedTask(
         run=run,
         memory_model=load_recurrent(None, model),
-        task=final_task(run, load_tokenizer(directory / TOKENIZER)),
+        task=final_task(run, tokenizer, background=background),
     )
 
 
@@ -124,23 +132,34 @@ def require_finished(run_dir: str | os.PathLike[str]) -> None:
         raise CheckpointError(msg)
 
 
-def final_task(run: TaskRunConfig, tokenizer: Tokenizer) -> Task:
+def final_task(
+    run: TaskRunConfig,
+    tokenizer: Tokenizer,
+    *,
+    background: str | os.PathLike[str] | None = None,
+) -> Task:
     """Make the documents of the final evaluation, which the curriculum has not looked at.
 
     Args:
         run: The run.
         tokenizer: Its tokenizer.
+        background: Documents around the facts; `None` for those of the run.
 
     Returns:
         Documents with held-out facts.
     """
     seed = run.training.seed + _FINAL_SEED
-    return make_task(run, tokenizer, is_training=False, seed=seed)
+    if background is None:
+        return make_task(run, tokenizer, is_training=False, seed=seed)
+    config = run.task.resolve(run.segment_length, "validation")
+    config = replace(config, background=os.fspath(background))
+    return Task(config, tokenizer, split="validation", seed=seed)
 
 
-def _require_files(run: TaskRunConfig, directory: Path) -> None:
+def _require_files(run: TaskRunConfig, directory: Path, *, has_background: bool) -> None:
     # the background of training is not read again
-    for path in (run.task.facts, run.task.validation_background):
+    own = None if has_background else run.task.validation_background
+    for path in (run.task.facts, own):
         if path is not None and not Path(path).exists():
             msg = (
                 f"The documents of the run must be where {directory / CONFIG} says, {path}, and "
