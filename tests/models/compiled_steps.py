@@ -4,6 +4,7 @@ Those checks wrap every function with annotations, which compilers cannot see th
 """
 
 import sys
+import traceback
 from functools import partial
 
 import pytest
@@ -155,19 +156,33 @@ def describe(error):
 CHECKS = {"protection": check_protection, "in place": check_writes_in_place}
 
 
+def check(case):
+    """Run a check by name, or a comparison: `kind,name,cache`."""
+    # nothing compiled before is used again
+    torch.compiler.reset()
+    if case in CHECKS:
+        CHECKS[case]()
+    else:
+        kind, name, cache = case.split(",")
+        compare = check_decoding if kind == "decode" else partial(check_training, kind)
+        compare(name, int(cache), backend="aot_eager")
+    assert not counters["graph_break"], counters["graph_break"]
+
+
+def fails(case):
+    """Whether a check fails, and print why."""
+    try:
+        check(case)
+    except Exception:
+        traceback.print_exc()
+        return True
+    return False
+
+
 def main() -> None:
-    """Run checks named by the command line, or comparisons: `kind,name,cache`."""
-    for case in sys.argv[1:]:
-        sys.stderr.write(f"{case}\n")
-        # nothing compiled before is used again
-        torch.compiler.reset()
-        if case in CHECKS:
-            CHECKS[case]()
-        else:
-            kind, name, cache = case.split(",")
-            check = check_decoding if kind == "decode" else partial(check_training, kind)
-            check(name, int(cache), backend="aot_eager")
-        assert not counters["graph_break"], counters["graph_break"]
+    """Run the checks that the command line names, and say last which failed."""
+    if failed := [case for case in sys.argv[1:] if fails(case)]:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":
