@@ -6,14 +6,15 @@ Trains the recipe and variants of it that change one part each, on documents of 
 segments and for `CONTINUE_STEPS` after that, with equal seeds and documents. Says after how many
 steps each stage was reached, and how many documents of each length are answered right in the end,
 also of lengths that were never trained on. A stage that takes longer than `STAGE_STEPS` is given
-up. What is done is kept: interrupted, the same command goes on.
+up. What is done is kept in `--work`: interrupted, the same command goes on. Several processes can
+share it, each with its own `--variants`; the command without them then writes what all have found.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from benchmarks.harness import machine_info
 from byheart.config import apply_overrides, write_text_atomic
@@ -29,6 +30,7 @@ LENGTHS = {"reason": (1, 2), "detect": (4, 16, 64, 256)}
 """Segments of the documents that are measured in the end."""
 SAMPLES = 200
 """Documents of each length."""
+OUTCOME = "outcome.json"
 SHARED = {
     "weights themselves, no running average": ["training.average_decay=0"],
     "no weight decay": ["training.weight_decay=0"],
@@ -58,6 +60,9 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "no burn-in": ["curriculum.burn_in_segments=0"],
         "noise of 0.3 on the memory": ["memory.noise=0.3"],
         "no fragments of facts in the background": ["task.fragments=0"],
+        "no namesakes in the background": ["task.namesakes=0"],
+        "31 stories instead of 118": ["task.more_stories=false"],
+        "strangers in the background": ["task.strangers=0.5"],
         **SHARED,
     },
 }  # fmt: skip
@@ -65,7 +70,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
 
 def learn(
     task: str, changes: Iterable[str], seed: int, directory: Path, overrides: Iterable[str]
-) -> dict[str, Any]:
+) -> None:
     run = apply_overrides(
         TASK_RECIPES[f"rmt-{task}"](),
         [
@@ -84,7 +89,7 @@ def learn(
     except CheckpointError:
         begun = False
     result = train_task(run, directory, resume=begun, overwrite=not begun)
-    return {
+    outcome = {
         "changes": list(changes),
         "outcome": result.outcome,
         "steps": result.steps,
@@ -97,6 +102,11 @@ def learn(
         ],
         "evaluations": result.curriculum.to_list(),
     }
+    write_text_atomic(directory / OUTCOME, json.dumps(outcome, indent=2) + "\n")
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[^\w.=-]+", "-", name)
 
 
 def main() -> None:
@@ -108,27 +118,30 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", help="Only these, by name.")
     parser.add_argument("--set", nargs="*", default=[], help="Fields of the recipe, for all.")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {}
-    if arguments.out.is_file():
-        results = json.loads(arguments.out.read_text(encoding="utf-8"))["results"]
-    variants = VARIANTS[arguments.task]
-    for number, (name, changes) in enumerate(variants.items()):
-        if name in results or (arguments.variants and name not in arguments.variants):
-            continue
-        directory = arguments.work / f"{arguments.task}-{number}-seed-{arguments.seed}"
-        results[name] = learn(arguments.task, changes, arguments.seed, directory, arguments.set)
+    task, variants = arguments.task, VARIANTS[arguments.task]
+    if unknown := set(arguments.variants or ()) - set(variants):
+        parser.error(f"--variants must be among {sorted(variants)}, got {sorted(unknown)}.")
+    # settings are in the name, so that nothing is resumed or reported that had others
+    folder = "-".join([task, f"seed={arguments.seed}", *sorted(arguments.set)])
+    directories = {name: arguments.work / plain(folder) / plain(name) for name in variants}
+    for name in arguments.variants or variants:
+        if not (directories[name] / OUTCOME).is_file():
+            learn(task, variants[name], arguments.seed, directories[name], arguments.set)
+        found = {
+            known: json.loads((directory / OUTCOME).read_text(encoding="utf-8"))
+            for known, directory in directories.items()
+            if (directory / OUTCOME).is_file()
+        }
         settings = {
-            "task": arguments.task, "seed": arguments.seed, "set": arguments.set,
-            "stage_steps": STAGE_STEPS[arguments.task],
-            "continue_steps": CONTINUE_STEPS[arguments.task], "samples": SAMPLES,
+            "task": task, "seed": arguments.seed, "set": arguments.set,
+            "stage_steps": STAGE_STEPS[task], "continue_steps": CONTINUE_STEPS[task],
+            "samples": SAMPLES,
         }  # fmt: skip
         content = {
-            "machine": machine_info(["transformers"]),
-            "settings": settings,
-            "results": {known: results[known] for known in variants if known in results},
-        }
+            "machine": machine_info(["transformers"]), "settings": settings, "results": found,
+        }  # fmt: skip
         write_text_atomic(arguments.out, json.dumps(content, indent=2) + "\n")
-        print(f"{name}: {results[name]['outcome']}, {results[name]['reached']}", flush=True)
+        print(f"{name}: {found[name]['outcome']}, {found[name]['reached']}", flush=True)
 
 
 if __name__ == "__main__":
