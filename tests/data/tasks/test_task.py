@@ -98,6 +98,26 @@ def test_fragments_are_parts_of_facts_without_their_beginning(make, words, name)
     assert seen["with a room"] > seen["fragments"] / 5
 
 
+@pytest.mark.parametrize("name", ["memorize", "detect", "capacity"])
+def test_fragments_tell_all_but_the_person_and_never_follow_one(words, write_lines, name):
+    stories = write_lines({"text": " ".join(f"Mary w{i}" for i in range(200))})
+    config = TaskConfig(
+        name=name, segment_length=23, background=stories, fragments=4.0,
+        num_facts=2 if name == "capacity" else 1,
+    )  # fmt: skip
+    task = Task(config, words, split="train")
+    whole_predicates = 0
+    for index in range(40):
+        sample = task.sample(index, 4)
+        for position, fragment in sample.fragments:
+            text = words.decode(fragment)
+            if position and text.split()[0] in {verb.split()[0] for verb in VERBS}:
+                before = words.decode(sample.tokens(position - 1, position))
+                assert before not in KEYS
+                whole_predicates += any(room in text for room in ROOMS)
+    assert whole_predicates > 5
+
+
 @pytest.mark.parametrize("name", ["memorize", "detect"])
 def test_strangers_look_like_facts_and_are_none(make, words, name):
     task = make(name, strangers=1.0, segment_length=31)

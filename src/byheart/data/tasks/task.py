@@ -10,11 +10,11 @@
 All are classification into rooms; the question ends the document. In the **clean** form, held-out
 facts are never trained on (how they are chosen: `byheart.data.tasks.facts`), a fact begins at any
 token, so that it may cross a segment boundary, and no background comes twice. On request, parts of
-facts stand in the background ("went to the kitchen"), as stories have them too, and strangers
-("The captain walked into the office."). Only a document longer than the whole background goes on
-with the same stories in another order. The **report** form is the report's own: same facts in
-training and evaluation, the same place in every segment (`byheart.data.tasks.placement`), one
-article repeated for the whole document.
+facts stand in the background ("went to the kitchen"), as stories have them too, strangers ("The
+captain walked into the office."), and people called like those of the facts. Only a document longer
+than the whole background goes on with the same stories in another order. The **report** form is the
+report's own: same facts in training and evaluation, the same place in every segment
+(`byheart.data.tasks.placement`), one article repeated for the whole document.
 
 Source:
     Bulatov et al. 2023, Scaling Transformer to 1M tokens and beyond with RMT, "Memorization Tasks"
@@ -64,8 +64,9 @@ __all__ = ["Task"]
 # other consumes
 _FACT_SEED, _BACKGROUND_SEED, _FRAGMENT_SEED, _LENGTH_SEED, _STRANGER_SEED = 0, 1, 2, 3, 4
 _NAMESAKE_SEED = 5
-# so many first tokens of a fact, which tell of whom or what it is, no fragment has
-_SUBJECT_TOKENS = 2
+# so many first words of a fact, which tell of whom or what it is, no fragment has: "Mary" and "The
+# office"
+_SUBJECT_WORDS = {"memorize": 1, "detect": 1, "reason": 2, "capacity": 1}
 
 
 class Task:
@@ -103,6 +104,9 @@ class Task:
         self._stories, self.labels = _stories(config, split)
         """The answers, in the order of their indices."""
         self._sentences = self._encode_sentences()
+        self._subjects = self._count_subjects()
+        """Tokens of each fact that say of whom or what it is."""
+        self._ends = {int(self._sentences[fact][n - 1]) for fact, n in self._subjects.items()}
         strangers = stranger_sentences() if config.strangers else []
         self._strangers = list(self._encode(strangers).values())
         self._longest = self._check_lengths()
@@ -191,7 +195,8 @@ class Task:
             lengths_rng = np.random.default_rng((*seed, _LENGTH_SEED))
             num_tokens = int(lengths_rng.integers(before + len(question), num_tokens + 1))
         num_background = num_tokens - len(question) - sum(lengths)
-        fragments = self._draw_fragments(seed, num_segments, num_background)
+        background = self._background.stream(body, (*seed, _BACKGROUND_SEED))
+        fragments = self._draw_fragments(seed, num_segments, num_background, background)
         num_background -= sum(len(tokens) for _, tokens in fragments)
         others = [(gap, len(tokens)) for gap, tokens in fragments]
         positions = self._place(rng, lengths, num_segments, num_background, others)
@@ -205,7 +210,7 @@ class Task:
                 for position, (_, tokens) in zip(positions[len(facts) :], fragments, strict=True)
             ),
             question=question,
-            background=self._background.stream(body, (*seed, _BACKGROUND_SEED)),
+            background=background,
             tokenizer=self.tokenizer,
             overwrites=is_report and self.config.name != "memorize",
             is_report=is_report,
@@ -223,33 +228,40 @@ class Task:
         return asked[(asked.index(story) + question_number) % len(asked)]
 
     def _draw_fragments(
-        self, seed: tuple[int, ...], num_segments: int, num_background: int
+        self, seed: tuple[int, ...], num_segments: int, num_background: int, background: TokenStream
     ) -> list[tuple[int, Int32[np.ndarray, " _fragment"]]]:
         # how many background tokens each has before it, and its tokens
         if not self.config.fragments and not self.config.strangers:
             return []
         rng = np.random.default_rng((*seed, _FRAGMENT_SEED))
-        drawn = self._draw_strangers((*seed, _STRANGER_SEED), num_segments)
+        drawn = [(tokens, False) for tokens in self._draw_strangers(seed, num_segments)]
         for _ in range(rng.poisson(self.config.fragments * num_segments)):
             facts = self._draw_story(rng).facts
-            fact = self._sentences[facts[rng.integers(len(facts))]]
-            first = int(rng.integers(min(_SUBJECT_TOKENS, len(fact) - 1), len(fact)))
-            drawn.append(fact[first : int(rng.integers(first, len(fact))) + 1])
-        fragments, left = [], num_background
-        for fragment in drawn:
+            fact = facts[rng.integers(len(facts))]
+            tokens, start = self._sentences[fact], self._subjects[fact]
+            first = int(rng.integers(start, len(tokens)))
+            stop = int(rng.integers(first, len(tokens))) + 1
+            drawn.append((tokens[first:stop], first == start))
+        kept, left = [], num_background
+        for tokens, is_predicate in drawn:
             # at least half of the background stays
-            if len(fragment) <= left - num_background // 2:
-                fragments.append(fragment)
-                left -= len(fragment)
-        gaps = rng.integers(left + 1, size=len(fragments)).tolist()
-        return list(zip(gaps, fragments, strict=True))
+            if len(tokens) <= left - num_background // 2:
+                kept.append((tokens, is_predicate))
+                left -= len(tokens)
+        gaps = rng.integers(left + 1, size=len(kept)).tolist()
+        return [
+            (gap, tokens)
+            for gap, (tokens, is_predicate) in zip(gaps, kept, strict=True)
+            # a person in the stories would make a fact of what follows
+            if not is_predicate or gap == 0 or background.read(gap - 1, gap)[0] not in self._ends
+        ]
 
     def _draw_strangers(
         self, seed: tuple[int, ...], num_segments: int
     ) -> list[Int32[np.ndarray, " _sentence"]]:
         if not self.config.strangers:
             return []
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng((*seed, _STRANGER_SEED))
         count = rng.poisson(self.config.strangers * num_segments)
         return [self._strangers[place] for place in rng.integers(len(self._strangers), size=count)]
 
@@ -286,6 +298,20 @@ class Task:
         prefix = "" if self.config.form == "report" else " "
         encoded = self.tokenizer.encode_batch([prefix + sentence for sentence in sentences])
         return dict(zip(sentences, encoded, strict=True))
+
+    def _count_subjects(self) -> dict[str, int]:
+        if self._stories is None:
+            facts, _ = people_sentences()
+        else:
+            facts = [fact for story in self._stories for fact in story.facts]
+        words = _SUBJECT_WORDS[self.config.name]
+        subjects = {fact: " ".join(fact.split()[:words]) for fact in facts}
+        encoded = self._encode(list(dict.fromkeys(subjects.values())))
+        return {
+            # of a fact without words behind its subject one token is left
+            fact: min(len(encoded[subject]), len(self._sentences[fact]) - 1)
+            for fact, subject in subjects.items()
+        }
 
     def _check_lengths(self) -> int:
         # the tokens that a document needs at most besides its background
