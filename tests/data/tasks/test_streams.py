@@ -85,9 +85,11 @@ def test_the_background_that_comes_along_is_cc0_and_disjoint():
 
 
 def test_only_training_has_more_stories(numbered):
-    with pytest.raises(ValueError, match=r"more stories are .* got path=None and split='valid"):
+    with pytest.raises(ValueError, match=r"more_stories must be false .*split='valid.*=None\. Set"):
         read_background(None, "validation", more=True)
-    with pytest.raises(ValueError, match=r"more stories are .* got path='.*lines\.jsonl' and"):
+    with pytest.raises(
+        ValueError, match=r"more_stories .* split='train' and .*lines\.jsonl'\. Set"
+    ):
         read_background(numbered, "train", more=True)
 
 

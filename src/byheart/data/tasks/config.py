@@ -51,8 +51,8 @@ class TaskConfig:
 
     `None` takes the stories that come with byheart, of which those of the splits differ."""
     more_stories: bool = False
-    """Whether the 87 longer ones follow the 31 stories to train on that come with byheart: eleven
-    times as much text, for readers who must not take stories for facts."""
+    """Whether 87 more follow the 31 stories to train on that come with byheart: eleven times as
+    much text, for readers who must not take stories for facts."""
 
     def __post_init__(self) -> None:
         require_choices(self)
@@ -73,7 +73,10 @@ class TaskConfig:
             msg = f"facts must be None for name='{self.name}', got {self.facts!r}. Use 'reason'."
             raise ValueError(msg)
         if self.more_stories and self.background is not None:
-            msg = f"more_stories must be false with a background, got {self.background!r}."
+            msg = (
+                "more_stories must be false where another background takes the place of byheart's "
+                f"stories, got background={self.background!r}. Set more_stories=false."
+            )
             raise ValueError(msg)
         if self.form == "report":
             self._check_report()
@@ -84,11 +87,12 @@ class TaskConfig:
                 msg = f"{field} must be at least 0 and finite, got {getattr(self, field)}."
                 raise ValueError(msg)
         if not 0 <= self.namesakes <= 1:
-            msg = f"namesakes must be between 0 and 1, got {self.namesakes}."
+            msg = f"namesakes is a share and must be between 0 and 1, got {self.namesakes}."
             raise ValueError(msg)
         for field in ("strangers", "namesakes"):
             if getattr(self, field) and self.name not in {"memorize", "detect"}:
-                msg = f"{field} must be 0 for name='{self.name}', got {getattr(self, field)}."
+                got = getattr(self, field)
+                msg = f"{field} must be 0 for name='{self.name}', got {got}. Set it to 0."
                 raise ValueError(msg)
 
     def _check_questions(self) -> None:
@@ -102,8 +106,9 @@ class TaskConfig:
     def _check_report(self) -> None:
         for field in ("fragments", "strangers", "namesakes"):
             if getattr(self, field):
+                got = getattr(self, field)
                 msg = (
-                    f"{field} must be 0 for form='report', got {getattr(self, field)}. Use 'clean'."
+                    f"{field} must be 0 for form='report', got {got}. Set it to 0, or use 'clean'."
                 )
                 raise ValueError(msg)
         if self.any_length:

@@ -47,7 +47,7 @@ def background_path(name: Split | Literal["more"]) -> Path:
     `README.md` beside it names the stories, their sources and licence.
 
     Args:
-        name: Those of a split, or the other, longer ones to train on. No story is in two files.
+        name: Those of a split, or 87 more to train on, most of them longer. No story is in two.
 
     Returns:
         A JSON lines file that `iter_documents` reads.
@@ -71,7 +71,7 @@ def read_background(
         path: Anything `iter_documents` reads, used for both splits; `None` takes the background
             that comes with byheart.
         split: Which of the stories that come with byheart.
-        more: Whether the longer stories to train on follow them. Only training can have them.
+        more: Whether 87 more stories to train on follow them. Only training can have them.
 
     Returns:
         The texts with anything but white space in them.
@@ -82,8 +82,9 @@ def read_background(
     """
     if more and (path is not None or split != "train"):
         msg = (
-            "more stories are among those of byheart's to train on, and there only, got "
-            f"path={None if path is None else os.fspath(path)!r} and split={split!r}."
+            "more_stories must be false but for byheart's own stories to train on, got "
+            f"split={split!r} and background={None if path is None else os.fspath(path)!r}. Set "
+            "more_stories=false."
         )
         raise ValueError(msg)
     place = background_path(split) if path is None else path

@@ -31,6 +31,7 @@ def train_task_tokenizer(config: TaskConfig, vocab_size: int = 4096) -> BpeToken
         stories += read_stories(config.facts, num_facts=2)
     facts, questions = people_sentences()
     sentences = [*facts, *questions, *story_sentences(stories)]
-    texts = read_background(config.background, "train", more=config.more_stories)
+    # without more stories, in which the words of the facts would be too rare to be tokens
+    texts = read_background(config.background, "train")
     # words are learnt with the space before them, as they stand in documents
     return BpeTokenizer.train([*texts, "".join(f" {s}" for s in sentences)], vocab_size)
