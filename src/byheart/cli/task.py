@@ -86,7 +86,8 @@ def evaluate_task(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Directory for result and plot; default: RUN/evaluation. Several runs need one."
+            help="Directory for result and plot; default: RUN/evaluation. Several runs and other "
+            "documents need one."
         ),
     ] = None,
     plot: PlotOption = True,
@@ -95,6 +96,9 @@ def evaluate_task(
     """Measure the accuracy on a task by number of segments."""
     if out is None and len(runs) > 1:
         msg = "The result of several runs belongs to none of them. Name its directory with --out."
+        raise typer.BadParameter(msg)
+    if out is None and background is not None:
+        msg = "A result in other documents is not the run's own. Name its directory with --out."
         raise typer.BadParameter(msg)
     lengths = parse_segments(segments)
     where = find_device(device)
@@ -113,6 +117,8 @@ def evaluate_task(
     )  # fmt: skip
     found = RunsResult(runs=tuple(map(measure, runs)))
     table = found.to_markdown()
+    if background is not None:
+        table += f"\nBackground: {background}\n"
     result = {
         "models": [str(run) for run in runs],
         "background": None if background is None else str(background),

@@ -58,7 +58,7 @@ class TaskPart:
     """Documents around the facts of training; `None` takes the stories that come with byheart."""
     more_stories: bool = False
     """Whether training has all 118 stories to train on that come with byheart, eleven times as much
-    text as the 31 that it has without."""
+    text as the 31 that it has without. Not with another background."""
     validation_background: str | None = None
     """Documents around the facts of evaluation."""
 

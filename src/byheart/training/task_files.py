@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class TrainedTask:
     memory_model: RecurrentMemory
     """The trained model, or that of a stage, in evaluation mode."""
     task: Task
-    """Documents with held-out facts, which the run has not been steered by."""
+    """Documents with held-out facts, which the curriculum has not looked at."""
 
 
 def find_result(run_dir: str | os.PathLike[str], run: TaskRunConfig) -> dict[str, Any] | None:
@@ -96,7 +96,8 @@ def load_task_run(
 
     Raises:
         CheckpointError: If the run is not finished, or has not kept the stage.
-        DataError: If its documents are not where its config says.
+        DataError: If its documents are not where its config says, or the background cannot be
+            used.
     """
     directory = Path(run_dir)
     if stage is not None:
@@ -147,13 +148,23 @@ def final_task(
 
     Returns:
         Documents with held-out facts.
+
+    Raises:
+        DataError: If the background cannot be used, or is what the run was trained on.
     """
+    own = run.task.background
+    if (
+        background is not None
+        and own is not None
+        and Path(background).resolve() == Path(own).resolve()
+    ):
+        msg = (
+            f"background must be documents that the run was not trained on, got {background}. Name "
+            "others."
+        )
+        raise DataError(msg)
     seed = run.training.seed + _FINAL_SEED
-    if background is None:
-        return make_task(run, tokenizer, is_training=False, seed=seed)
-    config = run.task.resolve(run.segment_length, "validation")
-    config = replace(config, background=os.fspath(background))
-    return Task(config, tokenizer, split="validation", seed=seed)
+    return make_task(run, tokenizer, is_training=False, seed=seed, background=background)
 
 
 def _require_files(run: TaskRunConfig, directory: Path, *, has_background: bool) -> None:

@@ -1,6 +1,7 @@
 """Encoder, tokenizer and memory of a run that learns a task."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -72,7 +73,12 @@ def make_tokenizer(run: TaskRunConfig, saved: Path | None = None) -> TaskTokeniz
 
 
 def make_task(
-    run: TaskRunConfig, tokenizer: Tokenizer, *, is_training: bool, seed: int = 0
+    run: TaskRunConfig,
+    tokenizer: Tokenizer,
+    *,
+    is_training: bool,
+    seed: int = 0,
+    background: str | os.PathLike[str] | None = None,
 ) -> Task:
     """Make the documents of a run.
 
@@ -81,12 +87,18 @@ def make_task(
         tokenizer: Its tokenizer.
         is_training: Whether those to learn from, or those with held-out facts.
         seed: Another seed gives other documents.
+        background: Documents around the facts; `None` for those of the run.
 
     Returns:
         The documents.
+
+    Raises:
+        DataError: If the background cannot be used.
     """
     split: Split = "train" if is_training else "validation"
     config = run.task.resolve(run.segment_length, split)
+    if background is not None:
+        config = replace(config, background=os.fspath(background))
     return Task(config, tokenizer, split=split, seed=seed)
 
 
