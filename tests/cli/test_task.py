@@ -113,12 +113,22 @@ def test_evaluate_task_reads_other_documents(command, run_dir, tmp_path):
     config["task"]["validation_background"] = "my/stories"
     (copy / "config.json").write_text(json.dumps(config))
     arguments = ["evaluate-task", copy, "--segments", "2", "--samples", 3, "--no-plot", "--json"]
-    code, out, err = command(*arguments, "--background", tmp_path / "stories.txt")
+    other = ["--background", tmp_path / "stories.txt"]
+    code, out, err = command(*arguments, *other, "--out", tmp_path / "other")
     assert code == 0, err
     assert json.loads(out)["background"] == str(tmp_path / "stories.txt")
-    code, _, err = command(*arguments, "--background", tmp_path / "nothing.txt")
-    assert code == 1
-    assert "must be an existing file or folder" in err
+    assert f"Background: {tmp_path / 'stories.txt'}" in (tmp_path / "other/segments.md").read_text()
+    code, _, err = command(*arguments, *other)
+    assert code == 2
+    assert "is not the run's own. Name its directory with --out" in err
+    assert not (copy / "evaluation").exists()
+    for path, message in (
+        (tmp_path / "nothing.txt", "must be an existing file or folder"),
+        (config["task"]["background"], "must be documents that the run was not trained on"),
+    ):
+        code, _, err = command(*arguments, "--background", path, "--out", tmp_path / "none")
+        assert code == 1
+        assert message in err
 
 
 @pytest.mark.parametrize("segments", ["0,1", "one", "1,,2"])
@@ -200,9 +210,10 @@ def test_a_finished_run_needs_no_checkpoints_and_is_not_overwritten(command, sto
 
 
 def test_generalization_measures_every_stage_and_goes_on_by_itself(command, stories, tmp_path):
+    changes = [*RUN, EASY, *stories, "--set=task.more_stories=false"]
     arguments = (
         "reproduce", "generalization", "--task", "detect", "--quick", "--out", tmp_path,
-        "--seeds", 2, "--segments", "1,2,3", "--samples", 4, *RUN, EASY, *stories,
+        "--seeds", 2, "--segments", "1,2,3", "--samples", 4, *changes,
     )  # fmt: skip
     code, out, err = command(*arguments)
     assert code == 0, err
@@ -225,7 +236,7 @@ def test_generalization_measures_every_stage_and_goes_on_by_itself(command, stor
     # the same runs serve the figure of long documents
     code, out, err = command(
         "reproduce", "detect", "--quick", "--out", tmp_path / "detect", "--seeds", 2,
-        "--segments", "1,2", "--samples", 4, "--no-plot", *RUN, EASY, *stories,
+        "--segments", "1,2", "--samples", 4, "--no-plot", *changes,
     )  # fmt: skip
     assert code == 0, err
     assert err.count("Going on with") == 2
@@ -264,6 +275,21 @@ def test_task_recipes_are_listed_and_shown(command):
     assert "rmt-capacity" in out
     code, out, _ = command("train", "rmt-memorize", "--set", "task.form=report", "--show")
     assert json.loads(out)["task"]["form"] == "report"
+    # what the recipe has and the report has not is taken back by name
+    changes = ["task.form=report", "task.background=a", "task.validation_background=b"]
+    back = {
+        "more_stories": "task.more_stories=false", "namesakes": "task.namesakes=0",
+        "burn_in_segments": "curriculum.burn_in_segments=0",
+    }  # fmt: skip
+    options = [f"--set={change}" for change in (*changes, *back.values())]
+    code, out, err = command("train", "rmt-detect", *options, "--show")
+    assert code == 0, err
+    for field, change in back.items():
+        code, _, err = command(
+            "train", "rmt-detect", *(o for o in options if change not in o), "--show"
+        )
+        assert code == 2
+        assert field in err
 
 
 @pytest.mark.parametrize("option", ["--data", "--validation", "--suffix"])

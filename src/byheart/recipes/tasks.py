@@ -26,10 +26,12 @@ def rmt_detect() -> TaskRunConfig:
     """Find a fact anywhere in a text and keep it to the question."""
     return TaskRunConfig(
         name="rmt-detect",
-        task=TaskPart(name="detect"),
+        # in few stories, whose people have other names than those of the facts, a model learns to
+        # take such a name for a fact
+        task=TaskPart(name="detect", namesakes=0.5, more_stories=True),
         # a memory that is written anew in every segment drifts in long texts, also while it is
         # empty: gates keep it, and learn to in texts as long as those of evaluation
-        curriculum=CurriculumConfig(continue_steps=600, burn_in_segments=1024),
+        curriculum=CurriculumConfig(continue_steps=1000, burn_in_segments=1024),
         memory=MemoryPart(update="gated", gate_bias_init=2.0),
         training=TaskTrainingConfig(write_cost=0.3),
     )
