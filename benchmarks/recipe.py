@@ -11,6 +11,7 @@ share it, each with its own `--variants`; the command without them then writes w
 """
 
 import argparse
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -105,10 +106,6 @@ def learn(
     write_text_atomic(directory / OUTCOME, json.dumps(outcome, indent=2) + "\n")
 
 
-def plain(name: str) -> str:
-    return re.sub(r"[^\w.=-]+", "-", name)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=sorted(VARIANTS), required=True)
@@ -121,9 +118,10 @@ def main() -> None:
     task, variants = arguments.task, VARIANTS[arguments.task]
     if unknown := set(arguments.variants or ()) - set(variants):
         parser.error(f"--variants must be among {sorted(variants)}, got {sorted(unknown)}.")
-    # settings are in the name, so that nothing is resumed or reported that had others
-    folder = "-".join([task, f"seed={arguments.seed}", *sorted(arguments.set)])
-    directories = {name: arguments.work / plain(folder) / plain(name) for name in variants}
+    # settings decide the folder, so that nothing is resumed or reported that had others
+    settings_hash = hashlib.sha256(json.dumps(sorted(arguments.set)).encode()).hexdigest()[:8]
+    folder = arguments.work / f"{task}-seed-{arguments.seed}-{settings_hash}"
+    directories = {name: folder / re.sub(r"[^\w.-]+", "-", name) for name in variants}
     for name in arguments.variants or variants:
         if not (directories[name] / OUTCOME).is_file():
             learn(task, variants[name], arguments.seed, directories[name], arguments.set)
