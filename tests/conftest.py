@@ -1,7 +1,9 @@
 """Settings of the whole suite: poisoned memory, one thread, a fixed seed per test."""
 
+import ast
 import os
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
@@ -11,6 +13,38 @@ torch.set_num_threads(1)
 # without a GPU kernels run in Triton's interpreter, for which it decides when it is first imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+class _Shapes(jaxtyping._import_hook.JaxtypingTransformer):
+    """Checks the functions whose signature has a shape, and what they are called with.
+
+    Others are left to mypy, and so are functions inside of functions, which would be given their
+    checks anew in every call of the one around them: both took half of the time of all tests.
+    """
+
+    def visit_FunctionDef(self, node):  # noqa: N802
+        is_inside = any(isinstance(parent, ast.FunctionDef) for parent in self._parents)
+        if not is_inside and _has_shape(node):
+            super().visit_FunctionDef(node)
+        return node
+
+
+def _has_shape(function):
+    """Whether an annotation is like `Float[Tensor, "rows width"]`."""
+    hints = [
+        argument.annotation for argument in ast.walk(function.args) if isinstance(argument, ast.arg)
+    ]
+    return any(
+        isinstance(part, ast.Subscript)
+        and isinstance(part.slice, ast.Tuple)
+        and isinstance(part.slice.elts[-1], ast.Constant)
+        for hint in [function.returns, *hints]
+        if hint is not None
+        for part in ast.walk(hint)
+    )
+
+
+jaxtyping._import_hook.JaxtypingTransformer = _Shapes
 
 # the same examples in every run: a red test is red for everyone
 settings.register_profile("byheart", derandomize=True, deadline=None, database=None)

@@ -8,11 +8,11 @@ does what is right for any value, and leaves what must hold to the device to che
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool
 from torch import Tensor
 
 
-def values_are_known(tensor: Shaped[Tensor, "*shape"]) -> bool:
+def values_are_known(tensor: Tensor) -> bool:
     """Say whether the host may ask for the values of a tensor.
 
     Args:
