@@ -4,27 +4,33 @@
 
 Takes the model without memory that `benchmarks.finetune` has left in RUNS, puts a memory on it in
 different ways, and fine-tunes each for 4 % of its steps, on the same segments in the same order.
-Each way changes one thing of the first. Interrupted, the same command goes on.
+Each way changes one thing of the first. Interrupted, the same command goes on. `--ways` names the
+ways to try in this process, so that several processes can share the folders; the command without it
+tries what is missing, and writes the summary.
 """
 
 import argparse
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.finetune import MEMORY_SIZE, learn, measure, parse, runs
-from benchmarks.harness import machine_info
+from benchmarks.harness import machine_info, write_json
 from byheart.config import save_config
+from byheart.data.corpus import TokenizedCorpus
 from byheart.data.token_cache import tokenize_corpus
 from byheart.data.tokenize import load_tokenizer
 from byheart.memory.config import KnnMemoryConfig
 from byheart.training.config import RunConfig
 
 MAX_DOCUMENTS, MAX_TOKENS = 8, 8192
+OUTCOME = "outcome.json"
 
 
-def ways(tuned: RunConfig) -> dict[str, RunConfig]:
+def ways(tuned: RunConfig, num_layers: int) -> dict[str, RunConfig]:
     """Return the runs to compare, by name; the first is what the others change."""
 
     assert tuned.pretrained is not None
@@ -44,8 +50,8 @@ def ways(tuned: RunConfig) -> dict[str, RunConfig]:
 
     return {
         "tanh gate": change(),
-        "layer 3 of 6": change(knn=knn(layers=(2,))),
-        "layer 5 of 6": change(knn=knn(layers=(4,))),
+        f"layer {num_layers // 2} of {num_layers}": change(knn=knn(layers=(num_layers // 2 - 1,))),
+        f"layer {num_layers - 1} of {num_layers}": change(knn=knn(layers=(num_layers - 2,))),
         "keys as the model has them": change(normalize_qk=False),
         "queries at the window's end": change(memory_position="window"),
         "queries at their own place": change(memory_position="local"),
@@ -55,40 +61,56 @@ def ways(tuned: RunConfig) -> dict[str, RunConfig]:
         "sigmoid gate from -3": change(gate="sigmoid", gate_init=-3.0),
         "sigmoid gate from 0": change(gate="sigmoid"),
         "gates at the model's own rate": change(factor=1.0),
+        "gates at 30 times the rate": change(factor=30.0),
         "gates at 100 times the rate": change(factor=100.0),
         "no age slope": change(knn=knn(age_slope=0.0)),
     }
 
 
+def try_way(run: RunConfig, directory: Path, corpus: TokenizedCorpus, shape: Path) -> None:
+    """Fine-tune and measure, and leave what came of it in the folder."""
+    learn(run, directory)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    last = losses[-len(losses) // 4 :]
+    measured = measure(
+        directory, corpus, shape, memory_sizes=(0, MEMORY_SIZE),
+        max_documents=MAX_DOCUMENTS, max_tokens_per_document=MAX_TOKENS,
+    )  # fmt: skip
+    without, with_memory = (m.nats_per_token for m in measured.measurements)
+    outcome = {
+        "steps": run.training.max_steps,
+        "loss_of_the_last_fourth": sum(last) / len(last),
+        "nats_without_memory": without,
+        "nats_with_memory": with_memory,
+    }
+    write_json(directory / OUTCOME, outcome)
+    print(f"{run.name}: {without:.4f} {with_memory:.4f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ways", nargs="+", help="Only these, by name, and no summary.")
     arguments = parse(parser)
     shape = arguments.work / "shape"
+    named = ways(runs(arguments, shape)["tuned"], arguments.layers)
+    if unknown := set(arguments.ways or ()) - set(named):
+        parser.error(f"--ways must be among {sorted(named)}, got {sorted(unknown)}.")
     corpus = tokenize_corpus(str(arguments.validation), load_tokenizer(str(shape)))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {"machine": machine_info(["transformers"]), "ways": {}}
-    for name, run in ways(runs(arguments, shape)["tuned"]).items():
-        directory = arguments.work / "gates" / name.replace(" ", "-")
-        learn(run, directory)
-        file = name.replace(" ", "-")
+    found = {}
+    for name in arguments.ways or named:
+        file = re.sub(r"\W+", "-", name)
+        directory, run = arguments.work / "gates" / file, replace(named[name], name=name)
+        if not (directory / OUTCOME).is_file():
+            try_way(run, directory, corpus, shape)
+        found[name] = json.loads((directory / OUTCOME).read_text(encoding="utf-8"))
+        arguments.out.mkdir(parents=True, exist_ok=True)
         save_config(run, arguments.out / f"{file}.config.json")
         shutil.copy(directory / "metrics.jsonl", arguments.out / f"{file}.metrics.jsonl")
-        lines = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
-        losses = [line["loss"] for line in lines if "loss" in line]
-        last = losses[-len(losses) // 4 :]
-        measured = measure(
-            directory, corpus, shape, memory_sizes=(0, MEMORY_SIZE),
-            max_documents=MAX_DOCUMENTS, max_tokens_per_document=MAX_TOKENS,
-        )  # fmt: skip
-        without, with_memory = (m.nats_per_token for m in measured.measurements)
-        summary["ways"][name] = {
-            "steps": run.training.max_steps,
-            "loss_of_the_last_fourth": sum(last) / len(last),
-            "nats_without_memory": without,
-            "nats_with_memory": with_memory,
-        }
-        (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2))
-        print(f"{name}: {without:.4f} {with_memory:.4f}", flush=True)
+    if arguments.ways is None:
+        none = json.loads((arguments.work / "none" / "result.json").read_text(encoding="utf-8"))
+        summary = {"machine": machine_info(["transformers"]), "none": none, "ways": found}
+        write_json(arguments.out / "summary.json", summary)
 
 
 if __name__ == "__main__":

@@ -332,20 +332,21 @@ def gates_section() -> str | None:
         ]
         for name, way in sorted(result["ways"].items(), key=lambda w: w[1]["nats_with_memory"])
     ]
-    # both are made by `benchmarks.finetune.runs`
-    first = read("gates/tanh-gate.config.json") or read("finetune/tuned.config.json")
+    first = read("gates/tanh-gate.config.json")
     assert first is not None
     steps, factor = (first["training"][name] for name in ("max_steps", "gate_learning_rate_factor"))
-    slope = first["pretrained"]["memory"]["knn"]["age_slope"]
+    memory, none = first["pretrained"]["memory"], result["none"]
     return "\n\n".join(
         [
             "## What an attached memory learns fastest with",
-            f"The model without memory of the table above, fine-tuned for {steps} steps on the "
-            "same segments (`benchmarks.gates`); each row changes one thing of `tanh gate` (rate "
-            f"of the gates {factor:g} times the model's, queries without positions, keys of length "
-            f"1, age slope {slope:g}, last layer). Nats per token: of training over the last "
-            "fourth of the steps, and of the first 8,192 tokens of 8 validation documents with "
-            "8,192 entries and with none.",
+            f"{none['num_parameters'] / 1e6:.1f}M parameters, Python source, trained for "
+            f"{none['steps']:,} steps without a memory (segments of {memory['segment_length']}, "
+            f"XL cache of {memory['xl_cache_length']}), then fine-tuned with one for {steps} "
+            "steps on the same segments (`benchmarks.gates`); each row changes one thing of `tanh "
+            f"gate` (rate of the gates {factor:g} times the model's, queries without positions, "
+            f"keys of length 1, age slope {memory['knn']['age_slope']:g}, last layer). Nats per "
+            "token: of training over the last fourth of the steps, and of the first 8,192 tokens "
+            "of 8 validation documents with 8,192 entries and with none.",
             table(["way", "training", "with memory", "without"], rows),
             machine_line(result["machine"]),
         ]
