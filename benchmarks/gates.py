@@ -63,6 +63,8 @@ def ways(tuned: RunConfig, num_layers: int) -> dict[str, RunConfig]:
         "gates at the model's own rate": change(factor=1.0),
         "gates at 30 times the rate": change(factor=30.0),
         "gates at 100 times the rate": change(factor=100.0),
+        "first scale of 20 instead of 10": change(scale_init=20.0),
+        "first scale of 40 instead of 10": change(scale_init=40.0),
         "no age slope": change(knn=knn(age_slope=0.0)),
     }
 
