@@ -104,6 +104,8 @@ FAMILIES = (
     _decoder("phi", "PhiConfig", "PhiForCausalLM", _LLAMA),
     _decoder("phi3", "Phi3Config", "Phi3ForCausalLM", _LLAMA),
     _decoder("olmo2", "Olmo2Config", "Olmo2ForCausalLM", _LLAMA),
+    _decoder("olmo", "OlmoConfig", "OlmoForCausalLM", _LLAMA),
+    _decoder("arcee", "ArceeConfig", "ArceeForCausalLM", _LLAMA),
     _decoder("falcon", "FalconConfig", "FalconForCausalLM", _LLAMA),
     _decoder("bloom", "BloomConfig", "BloomForCausalLM", _BLOOM),
     _decoder("cohere2", "Cohere2Config", "Cohere2ForCausalLM", {**_LLAMA, **_MIXED}),

@@ -29,49 +29,56 @@ def test_closed_gates_leave_the_model_as_it_was(attachable, implementation, padd
     before = copy.deepcopy(model)
     memory_model = attach(model, knn=knn(), segment_length=SEGMENT)
     state = memory_model.new_state(ROWS)
-    lengths = torch.tensor([SEGMENT, 4, 6])
-    columns = torch.arange(SEGMENT)
-    mask = None
+    columns, lengths = torch.arange(SEGMENT), torch.tensor([SEGMENT, 4, 6])
+    padded = None
     if padding == "left":
-        mask = (columns >= SEGMENT - lengths[:, None]).long()
+        padded = (columns >= SEGMENT - lengths[:, None]).long()
     elif padding == "right":
-        mask = (columns < lengths[:, None]).long()
-    for step in range(4):
+        padded = (columns < lengths[:, None]).long()
+    # with the first document over, four segments of which the last meets a ring that has gone round
+    for step in range(5):
         ids = draw(ROWS, SEGMENT, seed=step)
-        start = torch.zeros(ROWS, dtype=torch.bool)
-        if padding != "none":
-            # a row that is padded ends there
-            start = torch.tensor([False, True, True])
+        mask = padded if step in (0, 4) else None
+        start = torch.full((ROWS,), step == 1)
         with torch.no_grad():
             out = memory_model(ids, attention_mask=mask, state=state, document_start=start)
             places = {}
-            if attachable.name == "gpt2" and padding == "left":
+            if attachable.name == "gpt2" and padding == "left" and mask is not None:
                 # by itself it would count the padding
                 places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
             expected = before(ids, attention_mask=mask, **places).logits
-        if attachable.name == "opt" and padding == "left":
+        if attachable.name == "opt" and padding == "left" and mask is not None:
             # where padding stands is nobody's business
             assert torch.equal(out.logits[mask.bool()], expected[mask.bool()])
         else:
             assert torch.equal(out.logits, expected)
-        state = state.commit(out.new_entries)
-    assert state.stores[1].num_written.tolist()[0] == 4 * SEGMENT
+        if step < 4:
+            state = state.commit(out.new_entries)
+    assert state.stores[1].num_written.tolist() == [3 * SEGMENT] * ROWS
+    assert 3 * SEGMENT > MEMORY_SIZE
     for memory in memory_model.memories().values():
         torch.nn.init.constant_(memory.gate_bias, 0.5)
-    out = memory_model(ids, attention_mask=mask, state=state, document_start=start)
-    assert not torch.allclose(out.logits[0], expected[0])
+    opened = memory_model(ids, attention_mask=padded, state=state)
+    real = torch.ones(ROWS, SEGMENT, dtype=torch.bool) if padded is None else padded.bool()
+    for row in range(ROWS):
+        assert not torch.allclose(opened.logits[row][real[row]], expected[row][real[row]])
 
 
 def test_detach_leaves_no_trace(attachable, draw):
     model = attachable.build()
     before = copy.deepcopy(model)
     memory_model = attach(model, knn=knn(), segment_length=SEGMENT, xl_cache_length=SEGMENT)
-    memory_model(draw(1, SEGMENT))
+    out = memory_model(draw(1, SEGMENT), labels=draw(1, SEGMENT))
+    out.loss.backward()
+    memory_model.generate(draw(1, 3), max_new_tokens=2, state=memory_model.new_state(1))
+    memory_model.zero_grad()
     detached = memory_model.detach()
     assert detached is model
     ids = draw(2, 9)
     assert torch.equal(model(ids).logits, before(ids).logits)
-    assert list(model.state_dict()) == list(before.state_dict())
+    now, then = model.state_dict(), before.state_dict()
+    assert list(now) == list(then)
+    assert all(torch.equal(now[name], tensor) for name, tensor in then.items())
     assert model.config.to_dict() == before.config.to_dict()
     for mine, theirs in zip(model.modules(), before.modules(), strict=True):
         assert type(mine) is type(theirs)
@@ -148,9 +155,10 @@ def test_an_xl_cache_is_full_attention_over_both_segments(attachable, draw):
     expected = model(ids).logits
     memory_model = opened(model, memory=False, xl_cache_length=SEGMENT)
     read = read_tokens(memory_model, ids, memory_model.new_state(2), return_logits=True)
-    # sums of float32 in another order: 2.9e-6 in glm, 2.6e-6 in qwen3, 2e-6 at most in the others;
-    # in float64 they are equal as far as the float32 parts of the models are
-    torch.testing.assert_close(read.logits, expected, atol=4e-6, rtol=0)
+    # sums of float32 in another order, of logits of up to 4.5; in float64 they are equal as far as
+    # the float32 parts of the models are
+    most = 2e-6 * max(1.0, float(expected.detach().abs().max()))
+    torch.testing.assert_close(read.logits, expected, atol=most, rtol=0)
     third = read_tokens(memory_model, ids[:, :1], read.state, return_logits=True)
     assert torch.isfinite(third.logits).all()
 

@@ -5,6 +5,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
+import byheart
 from byheart import KnnMemoryConfig, read_tokens
 from byheart.adapters.attach import attach
 from byheart.errors import MemoryStateError
@@ -125,9 +126,12 @@ def test_a_state_of_another_model_is_refused(tiny_model, draw):
     other = attach(tiny_model("llama"), knn=knn((0,)), segment_length=SEGMENT)
     with pytest.raises(MemoryStateError, match=r"made for another model.*knn_memory.layers"):
         mine(draw(1, 3), state=other.new_state(1))
-    # as docs/attach.md says: weights may change between segments, so the shape is all there is
     same_shape = attach(tiny_model("qwen2"), knn=knn(), segment_length=SEGMENT)
-    assert mine(draw(1, 3), state=same_shape.new_state(1)).logits.isfinite().all()
+    with pytest.raises(MemoryStateError, match=r"it has model_type qwen2 \(not llama\)"):
+        mine(draw(1, 3), state=same_shape.new_state(1))
+    # as docs/attach.md says: weights may change between segments, so the kind is all there is
+    other_weights = attach(tiny_model("llama"), knn=knn(), segment_length=SEGMENT)
+    assert mine(draw(1, 3), state=other_weights.new_state(1)).logits.isfinite().all()
     with pytest.raises(ValueError, match="must have the batch's 2 rows, got 1"):
         mine(draw(2, 3), state=mine.new_state(1))
     with pytest.raises(ValueError, match=r"on the batch's device, cpu, got meta"):
@@ -136,13 +140,31 @@ def test_a_state_of_another_model_is_refused(tiny_model, draw):
         mine.generate(draw(2, 3), state=mine.new_state(1), num_beams=2, max_new_tokens=2)
 
 
-def test_documents_beyond_the_last_position_are_refused(tiny_model, draw):
+def test_documents_beyond_the_last_position_are_refused_before_anything_is_read(tiny_model, draw):
     memory_model = attach(
         tiny_model("gpt2"), knn=knn(), segment_length=SEGMENT, xl_cache_length=SEGMENT
     )
-    with pytest.raises(ValueError, match=r"must fit into the 64 positions of gpt2.*got 70 tokens"):
-        read_tokens(memory_model, draw(1, 77), memory_model.new_state(1))
+    assert memory_model.max_document_tokens == 64
+    state, before = memory_model.new_state(2), draw(2, 11)
+    state = read_tokens(memory_model, before, state).state
+    expected = read_tokens(memory_model, draw(2, 53), state.fork(), return_logits=True)
+    beyond = r"must fit into the 64 positions of the model.*got 65 tokens"
+    with pytest.raises(ValueError, match=beyond):
+        read_tokens(memory_model, draw(2, 54), state)
+    with pytest.raises(ValueError, match=beyond):
+        read_tokens(memory_model, draw(2, 54), state, num_tokens=torch.tensor([3, 54]))
+    with pytest.raises(ValueError, match=beyond):
+        byheart.generate(memory_model.eval(), draw(2, 4), state=state, max_new_tokens=51)
+    # nothing was read: the state is what it was, and just as much fits
+    found = read_tokens(memory_model, draw(2, 53), state, return_logits=True)
+    assert torch.equal(found.logits, expected.logits)
+    with pytest.raises(ValueError, match=beyond):
+        memory_model(draw(2, 1), state=found.state)
+    # a new document begins at the first position
+    starts = torch.tensor([True, True])
+    read_tokens(memory_model, draw(2, 64), found.state, document_start=starts)
     without = attach(tiny_model("gpt2"), knn=knn(), segment_length=SEGMENT)
+    assert without.max_document_tokens is None
     assert read_tokens(without, draw(1, 77), without.new_state(1)).state.position.item() == 77
 
 

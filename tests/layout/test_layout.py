@@ -120,6 +120,23 @@ def test_the_readme_examples_run(tmp_path):
         assert result.returncode == 0, result.stderr
 
 
+def test_the_examples_of_attach_run(tmp_path):
+    blocks = python_blocks(ROOT / "docs" / "attach.md")
+    assert len(blocks) == 2
+    tiny_checkpoints(tmp_path)
+    code = "\n".join(blocks).replace("meta-llama/Llama-3.2-1B", "llama")
+    # PEFT 0.21 asks transformers 5.23 by the older of two names
+    allowed = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-W", allowed, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_the_examples_of_recurrent_memory_run(number, tmp_path):
     blocks = python_blocks(ROOT / "docs" / "recurrent-memory.md")

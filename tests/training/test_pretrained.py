@@ -3,10 +3,11 @@
 import json
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from training_setup import VOCAB, make_dataset, training_config
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from byheart import read_tokens
 from byheart.adapters.attach import attach
@@ -227,13 +228,41 @@ def test_documents_of_a_row_are_kept_apart(tmp_path):
     assert max(abs(a - b) for a, b in zip(alone, mixed, strict=True)) > 1e-3
     batch = {**collate([dataset[0]]), "state": memory_model.new_state(1)}
     del batch["document_start"]
-    with pytest.raises(TypeError, match=r"missing .* argument: 'document_start'"):
+    with pytest.raises(ValueError, match="document_start must be given: without it a document"):
         TrainedModel(memory_model)(**batch)
+
+
+def test_documents_beyond_the_last_position_are_refused_before_the_first_step(run, tmp_path):
+    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    run = replace(run, pretrained=replace(run.pretrained, path=str(tmp_path / "gpt2")))
+    with pytest.raises(ValueError, match=r"64 positions .* Cut documents with data.max_document"):
+        train(run, tmp_path / "run")
+    run = replace(run, data=replace(run.data, max_document_tokens=60))
+    with pytest.raises(ValueError, match=r"64 positions .* Cut them with evaluation.max_tokens"):
+        train(run, tmp_path / "run", overwrite=True)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    run = replace(run, evaluation=EvaluationConfig(max_tokens=64))
+    assert train(run, tmp_path / "run", overwrite=True).steps == 6
 
 
 def draw_before():
     """A whole segment of another document."""
     return torch.randint(VOCAB, (1, 7), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_layers_of_peft_are_refused_before_the_first_step(tmp_path):
+    config = training_config(max_steps=20)
+    dataset = make_dataset(config)
+    settings = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, intermediate_size=24, **settings))
+    memory_model = attach(
+        model, knn=KnnMemoryConfig(layers=(-1,), memory_size=23, top_k=4), segment_length=7
+    )
+    peft.get_peft_model(memory_model.model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"has layers of PEFT, such as .*q_proj"):
+        MemoryTrainer(memory_model, dataset, config, training_arguments(config, tmp_path))
 
 
 def test_short_texts_are_measured_before_and_after(run, llama, tmp_path):

@@ -4,8 +4,6 @@ import inspect
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from byheart.adapters.attach_config import AttachConfig
@@ -13,7 +11,6 @@ from byheart.adapters.attention_hook import PLAIN, hook_of
 from byheart.adapters.attention_layers import AttentionLayers, find_attentions
 from byheart.adapters.families import max_positions
 from byheart.models.eval_mode import eval_mode
-from byheart.ops import known
 
 # tokens of the trial of the law of pieces, and what rounding may do to it, in bfloat16, too
 _TRIAL_TOKENS = 5
@@ -173,30 +170,3 @@ def require_same_in_pieces(model: PreTrainedModel, memory_model: Any) -> None:
             f"logits of up to {largest:.3g} differ by {difference:.3g}. Use another model."
         )
         raise ValueError(msg)
-
-
-def require_positions(
-    model: PreTrainedModel, position_ids: Int[Tensor, "batch tokens"], num_tokens: Tensor
-) -> None:
-    """Refuse tokens behind the last position of a model that adds positions to its embeddings.
-
-    Where values are not known, the device checks them.
-
-    Args:
-        model: The model.
-        position_ids: Positions of the tokens.
-        num_tokens: Tokens of each row.
-    """
-    limit = max_positions(model)
-    if limit is None:
-        return
-    ends = torch.where(num_tokens > 0, position_ids[:, 0] + num_tokens, 0)
-
-    def error() -> ValueError:
-        return ValueError(
-            f"With an XL cache a document must fit into the {limit} positions of "
-            f"{model.config.model_type}, because its keys hold where they stood, got "
-            f"{int(ends.max())} tokens. Use xl_cache_length=0 or a model with rotary positions."
-        )
-
-    known.require(ends <= limit, error, "a document must fit into the positions of the model")

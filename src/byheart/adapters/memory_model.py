@@ -10,15 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, PushToHubMixin
 
-from byheart.adapters.attach_checks import (
-    require_fits,
-    require_possible,
-    require_same_in_pieces,
-)
+from byheart.adapters.attach_checks import require_fits, require_possible, require_same_in_pieces
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.attached_memory import AttachedMemory
 from byheart.adapters.attention_hook import hook_of
 from byheart.adapters.attention_layers import AttentionLayers, prepare_attentions
+from byheart.adapters.families import max_positions
 from byheart.adapters.memory_pass import MemoryPass
 from byheart.adapters.memory_view import MEMORY
 from byheart.adapters.row_tokens import RowTokens
@@ -88,7 +85,9 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         self._is_attached = True
         try:
             require_fits(model, config, self.layers)
-            self._layout = _layout(config, self.layers)
+            self._layout = _layout(config, self.layers, model.config.model_type)
+            if config.xl_cache_length and not self.layers.has_rotation:
+                self.max_document_tokens = max_positions(model)
             self._add_memories(model, config)
             require_same_in_pieces(model, self)
         except BaseException:
@@ -367,7 +366,7 @@ def is_added(name: str) -> bool:
     return MEMORY in name.split(".")
 
 
-def _layout(config: AttachConfig, layers: AttentionLayers) -> MemoryLayout:
+def _layout(config: AttachConfig, layers: AttentionLayers, model_type: str) -> MemoryLayout:
     return MemoryLayout(
         num_layers=len(layers.modules),
         num_kv_heads=layers.num_kv_heads,
@@ -376,6 +375,7 @@ def _layout(config: AttachConfig, layers: AttentionLayers) -> MemoryLayout:
         xl_cache_length=config.xl_cache_length,
         knn_memory=config.knn,
         unit_keys=config.normalize_qk,
+        model_type=model_type,
     )
 
 

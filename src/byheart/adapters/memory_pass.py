@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from byheart.adapters.attach_checks import require_positions
 from byheart.adapters.attention_hook import VIEW
 from byheart.adapters.memory_context import MemoryContext
 from byheart.adapters.memory_view import MemoryView
@@ -66,12 +65,11 @@ class MemoryPass:
             document_start = torch.zeros(rows.batch, dtype=torch.bool, device=device)
         before = memory_model.require_state(state, rows.batch, document_start)
         require_inside_segment(before, rows.num_tokens)
+        memory_model.require_room(before, rows.num_tokens)
         context = MemoryContext.of(
             before, memory_model.layers, memory_model.memory_config, memory_model.hidden_dtype
         )
         view, position_ids = context.view(rows.columns, first_column=rows.first_column)
-        if position_ids is not None and not memory_model.layers.has_rotation:
-            require_positions(memory_model.model, position_ids, rows.num_tokens)
         return cls(
             rows=rows,
             before=before,

@@ -62,7 +62,7 @@ def save_attached(
         with_model = holds_model or memory_model.was_saved_along or memory_model.has_learned
     added = _added_weights(memory_model)
     if with_model:
-        _require_no_adapters(memory_model)
+        require_no_adapters(memory_model)
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -170,8 +170,11 @@ def _added_weights(memory_model: MemoryModel) -> dict[str, Tensor]:
     }
 
 
-def _require_no_adapters(memory_model: MemoryModel) -> None:
+def require_no_adapters(memory_model: MemoryModel) -> None:
     """Refuse to write a model that transformers could not read again.
+
+    Args:
+        memory_model: What is to be saved with its model.
 
     Raises:
         ValueError: If PEFT has put layers of its own into it.

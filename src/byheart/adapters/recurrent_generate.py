@@ -8,7 +8,6 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from byheart.adapters.attach_checks import require_positions
 from byheart.adapters.families import input_embedding
 from byheart.adapters.memory_generate import memory_in_sight
 from byheart.adapters.memory_model import MemoryModel
@@ -312,8 +311,7 @@ def _inner_in_sight(
     if not isinstance(attached, MemoryModel) or inner is None:
         return nullcontext()
     inner.require_current()
-    if attached.memory_config.xl_cache_length and not attached.layers.has_rotation:
-        require_positions(attached.model, inner.position[:, None], num_tokens)
+    attached.require_room(inner, num_tokens)
     return memory_in_sight(attached, inner)
 
 

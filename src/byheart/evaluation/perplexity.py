@@ -72,7 +72,8 @@ def evaluate_perplexity(  # noqa: PLR0913, all of them are what a reader of the 
 
     Raises:
         ValueError: If a number is out of range, the sizes are none or repeated, the model has no
-            kNN memory or XL cache to vary, or corpus, tokenizer and model do not fit together.
+            kNN memory or XL cache to vary, documents are longer than the model can tell apart, or
+            corpus, tokenizer and model do not fit together.
         DataError: If no document has a token to predict.
     """
     settings = _settings(model.memory_layout, memory_sizes, xl_cache)
@@ -80,6 +81,10 @@ def evaluate_perplexity(  # noqa: PLR0913, all of them are what a reader of the 
     _check_limits(rows, max_documents, max_tokens_per_document)
     dataset = _segments(
         corpus, model.memory_layout.segment_length, rows, max_documents, max_tokens_per_document
+    )
+    model.require_document_fits(
+        int(dataset.plan.document_tokens.max()) - 1,
+        "Read fewer tokens of each: max_tokens_per_document.",
     )
     num_bytes = _num_bytes_predicted(corpus, dataset.plan, tokenizer)
     num_tokens = int((dataset.plan.document_tokens - 1).clip(min=0).sum())

@@ -27,6 +27,8 @@ class MemoryLayout:
     unit_keys: bool = False
     """Whether keys get length 1 when they enter the kNN memory, for models whose own keys are of
     any length."""
+    model_type: str = "decoder"
+    """Kind of model whose keys it holds: a `Decoder`, or transformers' name of a family."""
 
     def require_same(self, other: "MemoryLayout", what: str) -> None:
         """Refuse a state that was made for another model.

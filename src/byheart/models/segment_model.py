@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from byheart.memory.layout import MemoryLayout
@@ -16,6 +16,7 @@ from byheart.memory.stores import MakeStore
 from byheart.models.fingerprint import model_fingerprint
 from byheart.models.text_output import TextOutput, TextRequest
 from byheart.models.window import Window
+from byheart.ops import known
 
 
 class WindowRead(NamedTuple):
@@ -36,6 +37,9 @@ class SegmentModel(nn.Module, ABC):
     reads the next tokens of each row, inside of a segment. What it returns has `new_entries`, with
     targets `token_losses`, and without them `logits`.
     """
+
+    max_document_tokens: int | None = None
+    """Most tokens of a document that it can tell apart; `None` for any number."""
 
     @property
     @abstractmethod
@@ -137,6 +141,47 @@ class SegmentModel(nn.Module, ABC):
         """
         fingerprint, path = model_fingerprint(self), Path(directory)
         return load_state(path, self.memory_layout, fingerprint=fingerprint, device=self.device)
+
+    def require_document_fits(self, num_tokens: int, remedy: str) -> None:
+        """Refuse a document that is longer than the model can tell apart.
+
+        Args:
+            num_tokens: Tokens of the longest document.
+            remedy: What to do about it, as a sentence.
+
+        Raises:
+            ValueError: If it is.
+        """
+        limit = self.max_document_tokens
+        if limit is not None and num_tokens > limit:
+            msg = (
+                f"With an XL cache a document must fit into the {limit} positions of the model, "
+                f"because its keys hold where they stood, got {num_tokens} tokens. {remedy}"
+            )
+            raise ValueError(msg)
+
+    def require_room(self, state: MemoryState, num_tokens: Int[Tensor, " batch"]) -> None:
+        """Refuse to read beyond what the model can tell apart, before anything is read.
+
+        Where values are not known, the device checks it.
+
+        Args:
+            state: What the rows have read; rows that begin a document are reset already.
+            num_tokens: Tokens that are to be read.
+        """
+        limit = self.max_document_tokens
+        if limit is None:
+            return
+        ends = state.position + num_tokens
+
+        def error() -> ValueError:
+            return ValueError(
+                f"With an XL cache a document must fit into the {limit} positions of the model, "
+                f"because its keys hold where they stood, got {int(ends.max())} tokens. "
+                "Use xl_cache_length=0 or a model with rotary positions."
+            )
+
+        known.require(ends <= limit, error, "a document must fit into the positions of the model")
 
     def require_state(
         self, state: MemoryState, batch_size: int, document_start: Bool[Tensor, " batch"]

@@ -50,6 +50,10 @@ def read_tokens(
 
     Returns:
         The state after the tokens, and the scores.
+
+    Raises:
+        ValueError: If a document would be longer than the model can tell apart; nothing is read
+            then.
     """
     batch, width = input_ids.shape
     device = input_ids.device
@@ -64,6 +68,7 @@ def read_tokens(
     done = torch.zeros(batch, dtype=torch.long, device=device)
     if document_start is not None:
         state = state.start_documents(document_start)
+    model.require_room(state, left)
     is_full = num_tokens is None and state.pending is None
     for size, starts_segment in _passes(model, state, left, width, is_full=is_full):
         if starts_segment:

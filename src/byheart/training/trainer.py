@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from byheart.adapters.memory_model import MemoryModel
+from byheart.adapters.memory_saving import require_no_adapters
 from byheart.config import to_dict
 from byheart.data.rows import SegmentDataset, collate
 from byheart.errors import CheckpointError
@@ -66,6 +68,9 @@ class MemoryTrainer(ResumableTrainer):
     ) -> None:
         check_fit(model.memory_layout.segment_length, dataset, config, arguments.world_size)
         require_compilable(model.memory_layout, config.compile)
+        if isinstance(model, MemoryModel):
+            # now, and not when the first checkpoint is written
+            require_no_adapters(model)
         super().__init__(
             TrainedModel(model, config.compile),
             dataset,

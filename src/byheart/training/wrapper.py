@@ -33,7 +33,8 @@ class TrainedModel(nn.Module):
         input_ids: Int[Tensor, "batch query"],
         labels: Int[Tensor, "batch query"],
         num_tokens: Int[Tensor, " batch"],
-        document_start: Bool[Tensor, " batch"],
+        document_start: Bool[Tensor, " batch"] | None = None,
+        *,
         state: MemoryState,
     ) -> Any:
         """Read a segment per row.
@@ -47,7 +48,16 @@ class TrainedModel(nn.Module):
 
         Returns:
             The model's output, with the losses of all tokens.
+
+        Raises:
+            ValueError: If it is not said which rows begin a document.
         """
+        if document_start is None:
+            msg = (
+                "document_start must be given: without it a document would be read with the memory "
+                "of the one before. SegmentDataset has it in every item."
+            )
+            raise ValueError(msg)
         return self._read(
             self.reader,
             input_ids,
