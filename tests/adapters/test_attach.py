@@ -212,6 +212,29 @@ def test_joint_softmax_of_rotary_models_is_full_attention_at_one_place(
     torch.testing.assert_close(read.logits, expected, atol=5e-6, rtol=0)
 
 
+def test_layers_are_named_by_number_or_module(tiny_model, draw):
+    names = ["model.layers.1.self_attn"]
+    by_name = attach(tiny_model("llama"), knn=knn((0,)), layers=names, segment_length=SEGMENT)
+    by_number = attach(tiny_model("llama"), knn=knn((1,)), segment_length=SEGMENT)
+    from_the_end = attach(tiny_model("llama"), knn=knn((-1,)), segment_length=SEGMENT)
+    assert by_name.memory_config == by_number.memory_config == from_the_end.memory_config
+    assert list(by_name.memories()) == [1]
+
+
+def test_a_bfloat16_store_is_read_as_exact_as_its_entries(tiny_model, draw):
+    ids, read = draw(2, 5 * SEGMENT), {}
+    for dtype in ("float32", "bfloat16"):
+        memory_model = opened(tiny_model("llama"), knn={"dtype": dtype}, xl_cache_length=SEGMENT)
+        state = memory_model.new_state(2)
+        assert state.stores[1].keys.dtype == getattr(torch, dtype)
+        read[dtype] = read_tokens(memory_model, ids, state, return_logits=True).logits
+    # 8 bits of each number are kept
+    torch.testing.assert_close(read["bfloat16"], read["float32"], atol=0.1, rtol=0)
+    before = slice(0, SEGMENT)  # without memory
+    assert torch.equal(read["bfloat16"][:, before], read["float32"][:, before])
+    assert not torch.equal(read["bfloat16"], read["float32"])
+
+
 def test_layers_of_both_kinds_are_read(tiny_model):
     for name, rotating in (("smollm3", (0,)), ("cohere2", (0,)), ("gemma3", (0, 1))):
         memory_model = attach(tiny_model(name), knn=knn(), segment_length=SEGMENT)

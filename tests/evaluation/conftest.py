@@ -6,13 +6,16 @@ from types import MappingProxyType
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from byheart.adapters.attach import attach
 from byheart.data.corpus import TokenizedCorpus
 from byheart.data.token_cache import tokenize_corpus
 from byheart.data.tokenize import ByteTokenizer, Tokenizer
 from byheart.memory.config import KnnMemoryConfig
 from byheart.models.config import DecoderConfig
 from byheart.models.decoder import Decoder
+from byheart.models.segment_model import SegmentModel
 
 KNN_MEMORY = KnnMemoryConfig(layers=(1,), memory_size=17, top_k=3)
 CONFIG = DecoderConfig(
@@ -57,3 +60,18 @@ def make_decoder() -> Callable[..., Decoder]:
         return decoder
 
     return make
+
+
+@pytest.fixture(params=["decoder", "attached"])
+def reader(request: pytest.FixtureRequest, make_decoder: Callable[..., Decoder]) -> SegmentModel:
+    """A decoder, or a pretrained model with memory: whatever is measured takes both."""
+    if request.param == "decoder":
+        return make_decoder()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    return attach(
+        LlamaForCausalLM(config), knn=KNN_MEMORY, segment_length=7, xl_cache_length=7, gate_init=1.0
+    ).eval()

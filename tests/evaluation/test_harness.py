@@ -80,8 +80,8 @@ def tasks(tmp_path, monkeypatch):
     return folder
 
 
-def test_answers_are_those_of_reading_token_by_token(make_decoder):
-    model = make_decoder().train()
+def test_answers_are_those_of_reading_token_by_token(reader):
+    model = reader.train()
     requests = [
         ("a text that is longer than a segment", " yes"),
         ("short", " and a longer continuation"),
@@ -107,8 +107,8 @@ def test_answers_are_those_of_reading_token_by_token(make_decoder):
         assert total == pytest.approx(score(model, "", text)[0], abs=4e-3)
 
 
-def test_the_memory_size_is_that_asked_for(make_decoder):
-    model, text = make_decoder(), "a text that is much longer than a segment" * 3
+def test_the_memory_size_is_that_asked_for(reader):
+    model, text = reader, "a text that is much longer than a segment" * 3
     found = [
         HarnessModel(model, TOKENIZER, memory_size=size).loglikelihood(
             asked("loglikelihood", (text, " end"))

@@ -33,8 +33,8 @@ def outcome(model, sample, memory_size):
     return int(means.argmax()) == sample.answer, bool(greedy)
 
 
-def test_outcomes_are_those_of_reading_each_answer_in_one_go(make_decoder, probe):
-    model = make_decoder().train()
+def test_outcomes_are_those_of_reading_each_answer_in_one_go(reader, probe):
+    model = reader.train()
     seen = []
     result = evaluate_probe(
         model, probe, lengths=(98, 130), memory_sizes=(0, 17), samples=5, rows=2,
