@@ -134,7 +134,7 @@ def test_a_config_without_a_width_is_code_1_and_names_the_key(command, tmp_path)
 
 def test_reproduce_writes_result_table_and_figure(command, tmp_path):
     out_dir = tmp_path / "new" / "flops"
-    code, out, err = command("reproduce", "flops", "--out", out_dir)
+    code, out, err = command("reproduce", "flops", "--quick", "--out", out_dir)
     assert code == 0, err
     assert "| opt-125m | 295.066 | 295.066 |" in out
     assert (out_dir / "flops.md").read_text() in out

@@ -51,10 +51,14 @@ def flops(
         Path | None,
         typer.Option(help=f"JSON with the paper's ratios under {_RATIOS_KEY}; default: built in."),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="As the other figures have it; this is quick anyway.")
+    ] = False,
     plot: PlotOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """FLOPs of full attention and RMT by length (RMT report, Figure 3)."""
+    del quick
     prepare_output(out)
     published = PUBLISHED_RATIOS if paper is None else _read_ratios(paper)
     curves = [_curve(name) for name in REPORT_MODELS]
