@@ -18,23 +18,24 @@ def test_the_tables_are_those_of_the_results(tmp_path):
     assert made == shown.read_text(encoding="utf-8")
 
 
-def test_the_rate_of_the_gates_is_that_of_the_runs(monkeypatch):
+def test_what_is_said_of_the_gates_is_that_of_the_runs(monkeypatch):
     way = dict.fromkeys(("loss_of_the_last_fourth", "nats_with_memory", "nats_without_memory"), 2.0)
-    config = {
-        "training": {"max_steps": 160, "gate_learning_rate_factor": 10.0},
-        "pretrained": {"memory": {"knn": {"age_slope": 0.25}}},
-    }
+    memory = {"segment_length": 64, "xl_cache_length": 32, "knn": {"age_slope": 0.25}}
     there = {
-        "gates/summary.json": {"machine": {}, "ways": {"tanh gate": way}},
-        "finetune/tuned.config.json": config,
-    }
+        "gates/summary.json": {
+            "machine": {}, "none": {"steps": 4000, "num_parameters": 1_234_567},
+            "ways": {"tanh gate": way},
+        },
+        "gates/tanh-gate.config.json": {
+            "training": {"max_steps": 160, "gate_learning_rate_factor": 2.5},
+            "pretrained": {"memory": memory},
+        },
+    }  # fmt: skip
     monkeypatch.setattr(tables, "read", there.get)
     monkeypatch.setattr(tables, "machine_line", lambda _: "")
     section = tables.gates_section()
-    assert "fine-tuned for 160 steps" in section
-    assert "rate of the gates 10 times the model's" in section
+    assert "1.2M parameters" in section
+    assert "4,000 steps without a memory (segments of 64, XL cache of 32)" in section
+    assert "fine-tuned with one for 160 steps" in section
+    assert "rate of the gates 2.5 times the model's" in section
     assert "age slope 0.25" in section
-    there["gates/tanh-gate.config.json"] = {
-        **config, "training": {"max_steps": 120, "gate_learning_rate_factor": 2.5},
-    }  # fmt: skip
-    assert "rate of the gates 2.5 times the model's" in tables.gates_section()
