@@ -6,7 +6,7 @@ from byheart import KnnMemoryConfig
 from byheart.adapters import doctor
 from byheart.adapters.attach import attach
 from byheart.adapters.attach_config import AttachConfig
-from byheart.adapters.doctor import diagnose
+from byheart.adapters.doctor import Diagnosis, diagnose
 from byheart.errors import CheckpointError
 from byheart.memory.dense import DenseStore
 
@@ -107,6 +107,30 @@ def test_it_estimates_the_time_that_reading_adds(tiny_model, tmp_path, monkeypat
 def test_it_estimates_a_time_for_every_dense_memory(knn, tiny_model, tmp_path):
     tiny_model("llama").config.save_pretrained(tmp_path)
     assert diagnose(tmp_path, AttachConfig(knn=knn, segment_length=7)).read_microseconds > 0
+
+
+def test_it_estimates_the_time_of_the_model_by_its_first_layers(tiny_model, tmp_path, monkeypatch):
+    model = tiny_model("llama", num_hidden_layers=9)
+    model.config.save_pretrained(tmp_path)
+    assert diagnose(tmp_path, AttachConfig(knn=KNN, segment_length=7)).model_microseconds > 0
+    monkeypatch.setattr(doctor, "_model_microseconds", lambda *_: 25.0)
+    found = diagnose(tmp_path, AttachConfig(knn=KNN, segment_length=7))
+    layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    output, norm = model.lm_head.weight, model.model.norm.weight.numel()
+    trial = 2 * layer + norm + 64 * output.shape[1]  # two layers, and a vocabulary of 64
+    whole = 9 * layer + norm + output.numel()
+    assert found.model_microseconds == pytest.approx(25 * whole / trial)
+
+
+def test_a_memory_is_searched_as_far_as_it_is_full():
+    found = Diagnosis(
+        model_type="llama", reason=None, memory_size=100, read_microseconds=2e6,
+        model_microseconds=1e6,
+    )  # fmt: skip
+    # of a memory of 100 the tokens see 0 to 50 entries, on average 25
+    assert found.document_seconds(50) == pytest.approx((50.0, 2 * 50 * 0.25))
+    assert found.document_seconds(300) == pytest.approx((300.0, 2 * (100 * 0.5 + 200)))
+    assert Diagnosis(model_type="llama", reason=None).document_seconds(50) is None
 
 
 def test_without_a_memory_there_is_no_time(tiny_model, tmp_path):

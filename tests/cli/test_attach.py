@@ -126,7 +126,18 @@ def test_the_doctor(command, model):
     assert code == 0, err
     assert "can have a kNN memory" in out
     assert "Memory in model.layers.2.self_attn: 0.1 MiB per row" in out
-    assert re.search(r"adds about [\d.]+ microseconds to the time of a token on this machine", out)
+    assert re.search(
+        r"adds about [\d.]+ microseconds to the [\d.]+ of a token on this machine", out
+    )
+    assert "A document of" not in out
+    code, out, err = command("doctor", model, "--memory-size", "1K", "--tokens", "128K")
+    assert code == 0, err
+    assert re.search(r"131,072 tokens: about [\d.]+ s without memory and [\d.]+ s with it \(", out)
+    code, out, err = command("doctor", model, "--tokens", "128K", "--json")
+    assert code == 0, err
+    document = json.loads(out)["document"]
+    assert document["num_tokens"] == 131_072
+    assert all(seconds > 0 for seconds in document["model_and_memory_seconds"])
     code, out, _ = command("doctor", model, "--set", "knn.combine=gate", "--json")
     assert code == 0
     assert json.loads(out)["memory_layers"] == ["model.layers.0.self_attn"]
@@ -135,6 +146,7 @@ def test_the_doctor(command, model):
         (["--layers", "9"], "--layers must be between 0 and 3, or count from the end between -4"),
         (["--set", "knn.layers=[-5]"], "and -1, for a model of 4 layers, got -5"),
         (["--memory-size", "1,2"], "must be one size"),
+        (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--set", "gate=wide"], "gate"),
     ):
         code, _, err = command("doctor", model, *arguments)

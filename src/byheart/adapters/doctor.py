@@ -22,8 +22,9 @@ from byheart.memory.ring import RingCursor
 _WIDE_PARAMETERS = 200_000_000
 # tokens that a trial model knows: it reads five
 _TRIAL_VOCABULARY = 64
-# entries of the memory whose reading is timed
+# entries of the memory whose reading is timed, and most tokens that the model is timed with
 _TIMED_ENTRIES = 16_384
+_TIMED_TOKENS = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,11 +55,36 @@ class Diagnosis:
     and attention of all memory layers, for a row that reads a whole segment at once, without
     backward pass. Measured with random entries of one key-value head; for more entries than
     16,384 in proportion. `None` without a memory, and for a store other than `dense`."""
+    model_microseconds: float | None = None
+    """Estimate of the time of a token without memory, likewise: that of the first layers, with
+    random weights, in proportion to the weights that are multiplied (also of experts that a token
+    does not meet)."""
+    memory_size: int = 0
+    """Entries of the memory when it is full."""
 
     @property
     def is_supported(self) -> bool:
         """Whether the model can have this memory."""
         return self.reason is None
+
+    def document_seconds(self, num_tokens: int) -> tuple[float, float] | None:
+        """Estimate how long a document is read.
+
+        The memory holds what was read before, so it is searched in part until it is full.
+
+        Args:
+            num_tokens: Length of the document.
+
+        Returns:
+            Seconds of the model alone, and those that the memory adds; `None` if not known.
+        """
+        if self.model_microseconds is None or self.read_microseconds is None:
+            return None
+        size = min(self.memory_size, num_tokens)
+        # from nothing to `size` entries in even steps, and as many to the end
+        share = (size / 2 + num_tokens - size) / num_tokens * size / self.memory_size
+        times = self.model_microseconds, self.read_microseconds * share
+        return times[0] * num_tokens / 1e6, times[1] * num_tokens / 1e6
 
 
 def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
@@ -93,6 +119,7 @@ def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
         num_parameters = sum(weight.numel() for weight in model.parameters())
         trial = _trial_model(model_config)
         rotations = _rotations(trial, config)
+        model_microseconds = _model_microseconds(trial.model, config.segment_length)
     except ValueError as error:
         return Diagnosis(model_type=family, reason=str(error))
     layers = () if config.knn is None else config.knn.layers
@@ -114,6 +141,8 @@ def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
         xl_cache_bytes=2 * config.xl_cache_length * width * dtype.itemsize * len(names),
         search_share=search / (2 * max(num_parameters - embedding, 1)),
         read_microseconds=_read_microseconds(config, first),
+        model_microseconds=model_microseconds * _multiplied(model) / _multiplied(trial.model),
+        memory_size=size,
     )
 
 
@@ -143,6 +172,38 @@ def _trial_model(model_config: Any) -> MemoryModel:
     dtype = torch.bfloat16 if numbers > _WIDE_PARAMETERS else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return MemoryModel(model, AttachConfig(segment_length=8))
+
+
+def _multiplied(model: Any) -> int:
+    """Count the weights of matrix products: all but the embeddings, and the output layer.
+
+    Returns:
+        Their number.
+    """
+    weights = {id(weight): weight.numel() for weight in model.parameters()}
+    weights.pop(id(model.get_input_embeddings().weight))
+    output = model.get_output_embeddings().weight
+    return sum({**weights, id(output): output.numel()}.values())
+
+
+def _model_microseconds(model: Any, segment_length: int) -> float:
+    """Time how long a trial model reads a token of a segment.
+
+    Returns:
+        Microseconds.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    ids = torch.zeros(1, min(segment_length, _TIMED_TOKENS), dtype=torch.long, device=device)
+    seconds = []
+    with torch.no_grad():
+        # the first warms up
+        for _ in range(3):
+            start = time.perf_counter()
+            # waits for a device
+            float(model(input_ids=ids, use_cache=False).logits[0, -1, 0])
+            seconds.append(time.perf_counter() - start)
+    return 1e6 * min(seconds[1:]) / ids.shape[1]
 
 
 def _read_microseconds(config: AttachConfig, layers: AttentionLayers) -> float | None:

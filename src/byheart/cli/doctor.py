@@ -38,6 +38,9 @@ def doctor(
     memory_size: Annotated[str, typer.Option(help="Entries: 8192 or 64K; 0 for none.")] = "64K",
     segment: Annotated[int, typer.Option(min=1, help="Tokens of a segment.")] = 512,
     xl_cache: Annotated[int, typer.Option(min=0, help="Tokens of the XL cache.")] = 0,
+    tokens: Annotated[
+        str | None, typer.Option(help="Length of a document whose reading is estimated: 128K.")
+    ] = None,
     overrides: _OverridesOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -47,6 +50,10 @@ def doctor(
     from byheart.adapters.doctor import diagnose
     from byheart.adapters.loading import count_layers
 
+    length = None if tokens is None else parse_size(tokens)
+    if length == 0:
+        msg = "--tokens must be at least 1, got 0."
+        raise typer.BadParameter(msg)
     depth = count_layers(model)
     default = _DEFAULT_LAYER if depth is None else max(_DEFAULT_LAYER, -depth)
     size = parse_size(memory_size)
@@ -65,9 +72,17 @@ def doctor(
         _require_layers(config.knn.layers, depth)
     diagnosis = diagnose(model, config)
     if as_json:
-        print_json({"is_supported": diagnosis.is_supported, **asdict(diagnosis)})
+        seconds = None if length is None else diagnosis.document_seconds(length)
+        document = {"num_tokens": length, "model_and_memory_seconds": seconds}
+        print_json(
+            {
+                "is_supported": diagnosis.is_supported,
+                **asdict(diagnosis),
+                **({} if length is None else {"document": document}),
+            }
+        )
     else:
-        print(_text(model, diagnosis))
+        print(_text(model, diagnosis, length))
     if not diagnosis.is_supported:
         raise typer.Exit(1)
 
@@ -90,7 +105,7 @@ def _require_layers(layers: tuple[int, ...], depth: int) -> None:
         raise typer.BadParameter(msg)
 
 
-def _text(model: str, diagnosis: "Diagnosis") -> str:
+def _text(model: str, diagnosis: "Diagnosis", length: int | None) -> str:
     if diagnosis.reason is not None:
         # what follows is a list of all that transformers knows
         reason = diagnosis.reason.partition("\n")[0]
@@ -111,10 +126,18 @@ def _text(model: str, diagnosis: "Diagnosis") -> str:
             f"{diagnosis.memory_bytes / 2**20:,.1f} MiB per row when full; its exact search "
             f"is {diagnosis.search_share:.1%} of the arithmetic of the model's weights."
         )
-    if diagnosis.read_microseconds is not None:
+    if diagnosis.read_microseconds is not None and diagnosis.model_microseconds is not None:
         lines.append(
-            f"Reading it adds about {diagnosis.read_microseconds:,.1f} microseconds to the time of "
-            "a token on this machine, in whole segments and without a backward pass (estimate)."
+            f"Reading it full adds about {diagnosis.read_microseconds:,.1f} microseconds to the "
+            f"{diagnosis.model_microseconds:,.1f} of a token on this machine, in whole segments "
+            "and without a backward pass (estimates)."
+        )
+    seconds = None if length is None else diagnosis.document_seconds(length)
+    if length is not None and seconds is not None:
+        alone, added = seconds
+        lines.append(
+            f"A document of {length:,} tokens: about {alone:,.1f} s without memory and "
+            f"{alone + added:,.1f} s with it ({1 + added / alone:.2f} times)."
         )
     if diagnosis.xl_cache_bytes:
         lines.append(f"XL cache: {diagnosis.xl_cache_bytes / 2**20:,.1f} MiB per row.")

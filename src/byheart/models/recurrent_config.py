@@ -24,8 +24,8 @@ class RecurrentMemoryConfig:
     """Which segment is short if the text is no multiple of `segment_length`: `left` the last,
     `right` the first (the report), `center` makes all about equally long."""
     bptt_depth: int | None = None
-    """Segments that a loss reaches backwards, its own included; `None` for all of the call. More than
-    a text has are all of it: rows of a batch differ in length."""
+    """Segments that a loss reaches backwards, its own included; `None` for all of the call. More
+    than a text has are all of it: rows of a batch differ in length."""
     replay: bool = False
     """Keep only the memory between segments for the backward pass (and the XL cache, if the model
     has one), and compute each segment again: the same gradients in constant memory, for a third
