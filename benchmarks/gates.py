@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.finetune import MEMORY_SIZE, learn, measure, parse, runs
 from benchmarks.harness import machine_info, write_json
-from byheart.config import save_config
+from byheart.config import load_config, save_config
 from byheart.data.corpus import TokenizedCorpus
 from byheart.data.token_cache import tokenize_corpus
 from byheart.data.tokenize import load_tokenizer
@@ -27,7 +27,7 @@ from byheart.memory.config import KnnMemoryConfig
 from byheart.training.config import RunConfig
 
 MAX_DOCUMENTS, MAX_TOKENS = 8, 8192
-OUTCOME = "outcome.json"
+OUTCOME, WAY = "outcome.json", "way.json"
 
 
 def ways(tuned: RunConfig, num_layers: int) -> dict[str, RunConfig]:
@@ -86,6 +86,8 @@ def try_way(run: RunConfig, directory: Path, corpus: TokenizedCorpus, shape: Pat
         "nats_without_memory": without,
         "nats_with_memory": with_memory,
     }
+    save_config(run, directory / WAY)
+    # last: it says that the way was tried
     write_json(directory / OUTCOME, outcome)
     print(f"{run.name}: {without:.4f} {with_memory:.4f}", flush=True)
 
@@ -105,6 +107,9 @@ def main() -> None:
         directory, run = arguments.work / "gates" / file, replace(named[name], name=name)
         if not (directory / OUTCOME).is_file():
             try_way(run, directory, corpus, shape)
+        if load_config(RunConfig, directory / WAY) != run:
+            msg = f"{directory} is of other settings. Name another --work."
+            raise SystemExit(msg)
         found[name] = json.loads((directory / OUTCOME).read_text(encoding="utf-8"))
         arguments.out.mkdir(parents=True, exist_ok=True)
         save_config(run, arguments.out / f"{file}.config.json")

@@ -14,6 +14,7 @@ from benchmarks.tables_gpu import (
 )
 from benchmarks.tables_rmt_gpu import recurrent_gpu_section
 from benchmarks.tables_tasks import (
+    flops_section,
     generalization_section,
     pretrained_section,
     recipe_section,
@@ -376,6 +377,7 @@ def render() -> str:
         recurrent_gpu_section(),
         *(task_section(task) for task in ("memorize", "detect", "reason")),
         generalization_section(),
+        flops_section(),
         pretrained_section(),
         *(recipe_section(task) for task in ("detect", "reason")),
     ]

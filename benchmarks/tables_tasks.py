@@ -33,6 +33,19 @@ def task_section(task: str) -> str | None:
     )
 
 
+def flops_section() -> str:
+    folder = HERE / "results" / "flops"
+    return "\n\n".join(
+        [
+            "## FLOPs of full attention and recurrent memory",
+            "Counted, not measured (Bulatov et al. 2023, Figure 3): "
+            "`byheart reproduce flops --out benchmarks/results/flops`.",
+            "![FLOPs](results/flops/flops.png)",
+            (folder / "flops.md").read_text(encoding="utf-8").strip(),
+        ]
+    )
+
+
 def generalization_section() -> str | None:
     result = read("generalization-memorize/memorize.json")
     if result is None:

@@ -1,7 +1,9 @@
 """Settings of the whole suite: poisoned memory, one thread, a fixed seed per test."""
 
 import ast
+import hashlib
 import os
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -45,6 +47,14 @@ def _has_shape(function):
 
 
 jaxtyping._import_hook.JaxtypingTransformer = _Shapes
+# bytecode that was made with other checks is not used again
+_TAG = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+_bytecode_path = jaxtyping._import_hook._optimized_cache_from_source
+jaxtyping._import_hook._optimized_cache_from_source = (
+    lambda typechecker, /, path, debug_override=None: _bytecode_path(
+        typechecker + _TAG, path, debug_override
+    )
+)
 
 # the same examples in every run: a red test is red for everyone
 settings.register_profile("byheart", derandomize=True, deadline=None, database=None)

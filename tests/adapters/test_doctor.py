@@ -1,5 +1,7 @@
 """The doctor says of a config what attach says of the model."""
 
+from dataclasses import replace
+
 import pytest
 
 from byheart import KnnMemoryConfig
@@ -131,6 +133,15 @@ def test_a_memory_is_searched_as_far_as_it_is_full():
     assert found.document_seconds(50) == pytest.approx((50.0, 2 * 50 * 0.25))
     assert found.document_seconds(300) == pytest.approx((300.0, 2 * (100 * 0.5 + 200)))
     assert Diagnosis(model_type="llama", reason=None).document_seconds(50) is None
+    nothing = Diagnosis(model_type="llama", reason=None, model_microseconds=1e6)
+    assert nothing.document_seconds(50) == (50.0, 0.0)
+
+
+def test_positions_that_end_are_said(tiny_model, tmp_path):
+    tiny_model("gpt2").config.save_pretrained(tmp_path)
+    config = AttachConfig(knn=KNN, segment_length=7)
+    assert diagnose(tmp_path, config).max_document_tokens is None
+    assert diagnose(tmp_path, replace(config, xl_cache_length=7)).max_document_tokens == 64
 
 
 def test_without_a_memory_there_is_no_time(tiny_model, tmp_path):

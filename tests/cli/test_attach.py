@@ -133,6 +133,10 @@ def test_the_doctor(command, model):
     code, out, err = command("doctor", model, "--memory-size", "1K", "--tokens", "128K")
     assert code == 0, err
     assert re.search(r"131,072 tokens: about [\d.]+ s without memory and [\d.]+ s with it \(", out)
+    code, out, _ = command("doctor", model, "--memory-size", "0", "--tokens", "128K")
+    assert re.search(r"131,072 tokens: about [\d.]+ s without memory\.", out)
+    code, out, _ = command("doctor", model, "--set", "knn.store=faiss", "--tokens", "128K")
+    assert "for the store 'dense' alone" in out
     code, out, err = command("doctor", model, "--tokens", "128K", "--json")
     assert code == 0, err
     document = json.loads(out)["document"]
@@ -147,6 +151,7 @@ def test_the_doctor(command, model):
         (["--set", "knn.layers=[-5]"], "and -1, for a model of 4 layers, got -5"),
         (["--memory-size", "1,2"], "must be one size"),
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
+        (["--tokens", "1,2"], "--tokens must be one size"),
         (["--set", "gate=wide"], "gate"),
     ):
         code, _, err = command("doctor", model, *arguments)

@@ -16,7 +16,7 @@ def probe(tmp_path):
 
 
 @torch.no_grad()
-def outcome(model, sample, memory_size):
+def outcome(model, sample, memory_size, *, checks_alone):
     """What becomes of a text, by reading it with each of its answers in one go."""
     text = sample.text.tokens(0, sample.text.num_tokens)
     # keys have equally many digits, so that their texts can be rows of a batch
@@ -30,6 +30,14 @@ def outcome(model, sample, memory_size):
         state = state.commit(out.new_entries)
     means = -torch.cat(losses, 1)[:, -answers.shape[1] :].mean(1)
     greedy = torch.cat(hits, 1)[sample.answer, -answers.shape[1] :].all()
+    if checks_alone:
+        one, alone = model.new_state(1, memory_size=memory_size), []
+        for piece, following in zip(ids[:1, :-1].split(7, 1), ids[:1, 1:].split(7, 1), strict=True):
+            out = model(piece, state=one)
+            alone.append(cross_entropy(out.logits.mT, following, reduction="none"))
+            one = one.commit(out.new_entries)
+        mean = -torch.cat(alone, 1)[0, -answers.shape[1] :].mean()
+        torch.testing.assert_close(mean, means[0], atol=1e-4, rtol=1e-5)
     return int(means.argmax()) == sample.answer, bool(greedy)
 
 
@@ -48,7 +56,9 @@ def test_outcomes_are_those_of_reading_each_answer_in_one_go(reader, probe):
     for measured in result.measurements:
         for index, found in enumerate(measured.outcomes):
             sample = probe.sample(index, measured.num_tokens)
-            is_right, is_greedy = outcome(model, sample, measured.memory_size)
+            is_right, is_greedy = outcome(
+                model, sample, measured.memory_size, checks_alone=index == 0
+            )
             assert (found.is_right, found.is_greedy) == (is_right, is_greedy)
             text = sample.text.text()
             after = text.rpartition("is the pass key.")[2]

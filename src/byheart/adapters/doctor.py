@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from byheart.adapters.attach_checks import require_possible
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.attention_hook import hook_of
 from byheart.adapters.attention_layers import AttentionLayers, find_attentions
+from byheart.adapters.families import max_positions
 from byheart.adapters.memory_model import MemoryModel
 from byheart.errors import CheckpointError
 from byheart.memory.dense import DenseStore
@@ -57,10 +59,12 @@ class Diagnosis:
     16,384 in proportion. `None` without a memory, and for a store other than `dense`."""
     model_microseconds: float | None = None
     """Estimate of the time of a token without memory, likewise: that of the first layers, with
-    random weights, in proportion to the weights that are multiplied (also of experts that a token
-    does not meet)."""
+    random weights in the precision that the config names, in proportion to the weights that are
+    multiplied (also of experts that a token does not meet)."""
     memory_size: int = 0
     """Entries of the memory when it is full."""
+    max_document_tokens: int | None = None
+    """Most tokens of a document that it can tell apart; `None` for any number."""
 
     @property
     def is_supported(self) -> bool:
@@ -76,9 +80,14 @@ class Diagnosis:
             num_tokens: Length of the document.
 
         Returns:
-            Seconds of the model alone, and those that the memory adds; `None` if not known.
+            Seconds of the model alone, and those that the memory adds; `None` if not known, as of
+            a store other than `dense`.
         """
-        if self.model_microseconds is None or self.read_microseconds is None:
+        if self.model_microseconds is None:
+            return None
+        if self.memory_size == 0:
+            return self.model_microseconds * num_tokens / 1e6, 0.0
+        if self.read_microseconds is None:
             return None
         size = min(self.memory_size, num_tokens)
         # from nothing to `size` entries in even steps, and as many to the end
@@ -119,7 +128,8 @@ def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
         num_parameters = sum(weight.numel() for weight in model.parameters())
         trial = _trial_model(model_config)
         rotations = _rotations(trial, config)
-        model_microseconds = _model_microseconds(trial.model, config.segment_length)
+        dtype = getattr(model_config, "dtype", None) or torch.float32
+        model_microseconds = _model_microseconds(trial.model.to(dtype), config.segment_length)
     except ValueError as error:
         return Diagnosis(model_type=family, reason=str(error))
     layers = () if config.knn is None else config.knn.layers
@@ -129,7 +139,7 @@ def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
     entry_bytes = 0 if config.knn is None else config.knn.torch_dtype.itemsize
     embedding = model.get_input_embeddings().weight.numel()
     search = 2 * size * first.num_heads * first.head_dim * len(layers)
-    dtype = getattr(model_config, "dtype", None) or torch.float32
+    goes_on = config.xl_cache_length > 0 and not first.has_rotation
     return Diagnosis(
         model_type=family,
         reason=None,
@@ -143,6 +153,7 @@ def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
         read_microseconds=_read_microseconds(config, first),
         model_microseconds=model_microseconds * _multiplied(model) / _multiplied(trial.model),
         memory_size=size,
+        max_document_tokens=max_positions(model) if goes_on else None,
     )
 
 
@@ -175,15 +186,15 @@ def _trial_model(model_config: Any) -> MemoryModel:
 
 
 def _multiplied(model: Any) -> int:
-    """Count the weights of matrix products: all but the embeddings, and the output layer.
+    """Count the weights of matrix products: all but those that are looked up.
 
     Returns:
         Their number.
     """
-    weights = {id(weight): weight.numel() for weight in model.parameters()}
-    weights.pop(id(model.get_input_embeddings().weight))
-    output = model.get_output_embeddings().weight
-    return sum({**weights, id(output): output.numel()}.values())
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    # it may be an embedding, too
+    looked_up.discard(id(model.get_output_embeddings().weight))
+    return sum(w.numel() for w in model.parameters() if id(w) not in looked_up)
 
 
 def _model_microseconds(model: Any, segment_length: int) -> float:

@@ -194,8 +194,12 @@ def prepare_output(directory: Path) -> None:
         raise typer.BadParameter(msg) from error
 
 
-def parse_size(text: str) -> int:
-    """Read the size of a memory, such as `8192` or `64K`.
+def parse_size(text: str, option: str = "--memory-size") -> int:
+    """Read a size, such as `8192` or `64K`.
+
+    Args:
+        text: What was given.
+        option: Where, for the message.
 
     Returns:
         The number; K and M are powers of 1024.
@@ -206,7 +210,7 @@ def parse_size(text: str) -> int:
     try:
         (size,) = parse_sizes(text)
     except ValueError as error:
-        msg = f"--memory-size must be one size such as 8192 or 64K, got {text!r}."
+        msg = f"{option} must be one size such as 8192 or 64K, got {text!r}."
         raise typer.BadParameter(msg) from error
     return size
 

@@ -50,7 +50,7 @@ def doctor(
     from byheart.adapters.doctor import diagnose
     from byheart.adapters.loading import count_layers
 
-    length = None if tokens is None else parse_size(tokens)
+    length = None if tokens is None else parse_size(tokens, "--tokens")
     if length == 0:
         msg = "--tokens must be at least 1, got 0."
         raise typer.BadParameter(msg)
@@ -105,6 +105,22 @@ def _require_layers(layers: tuple[int, ...], depth: int) -> None:
         raise typer.BadParameter(msg)
 
 
+def _document(diagnosis: "Diagnosis", length: int) -> str:
+    limit, seconds = diagnosis.max_document_tokens, diagnosis.document_seconds(length)
+    if limit is not None and length > limit:
+        return (
+            f"A document of {length:,} tokens is beyond the {limit:,} positions of the model, into "
+            "which it must fit with an XL cache."
+        )
+    if seconds is None:
+        return "How long a document takes is estimated for the store 'dense' alone."
+    alone, added = seconds
+    text = f"A document of {length:,} tokens: about {alone:,.1f} s without memory"
+    if not diagnosis.memory_size:
+        return f"{text}."
+    return f"{text} and {alone + added:,.1f} s with it ({1 + added / alone:.2f} times)."
+
+
 def _text(model: str, diagnosis: "Diagnosis", length: int | None) -> str:
     if diagnosis.reason is not None:
         # what follows is a list of all that transformers knows
@@ -132,13 +148,8 @@ def _text(model: str, diagnosis: "Diagnosis", length: int | None) -> str:
             f"{diagnosis.model_microseconds:,.1f} of a token on this machine, in whole segments "
             "and without a backward pass (estimates)."
         )
-    seconds = None if length is None else diagnosis.document_seconds(length)
-    if length is not None and seconds is not None:
-        alone, added = seconds
-        lines.append(
-            f"A document of {length:,} tokens: about {alone:,.1f} s without memory and "
-            f"{alone + added:,.1f} s with it ({1 + added / alone:.2f} times)."
-        )
+    if length is not None:
+        lines.append(_document(diagnosis, length))
     if diagnosis.xl_cache_bytes:
         lines.append(f"XL cache: {diagnosis.xl_cache_bytes / 2**20:,.1f} MiB per row.")
     return "\n".join(lines)

@@ -62,7 +62,8 @@ def score_continuations(
         A score for each continuation of each text.
 
     Raises:
-        ValueError: If a text or a continuation is empty.
+        ValueError: If a text or a continuation is empty, or both are longer than the model can tell
+            apart.
     """
     if any(context.num_tokens < 1 for context in contexts):
         msg = "Every context must have at least one token, got an empty one. Begin with a start "
@@ -71,6 +72,14 @@ def score_continuations(
     if any(len(one) < 1 for row in continuations for one in row):
         msg = "Every continuation must have at least one token, got an empty one."
         raise ValueError(msg)
+    longest = max(
+        (
+            text.num_tokens + max(map(len, row), default=0) - 1
+            for text, row in zip(contexts, continuations, strict=True)
+        ),
+        default=0,
+    )
+    model.require_document_fits(longest, "Use shorter texts.")
     state = model.new_state(len(contexts), memory_size=memory_size)
     state = _read_all_but_last(model, contexts, state)
     last = [int(text.tokens(text.num_tokens - 1, text.num_tokens)[0]) for text in contexts]

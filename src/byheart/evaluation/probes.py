@@ -151,7 +151,7 @@ def evaluate_probe(
         if value < 1:
             msg = f"{name} must be at least 1, got {value}."
             raise ValueError(msg)
-    _look_at_all(probe, lengths, samples)
+    _look_at_all(model, probe, lengths, samples)
     total, done = sum(lengths) * samples * len(memory_sizes), 0
     measurements, num_candidates = [], 0
     for num_tokens in lengths:
@@ -179,12 +179,14 @@ def evaluate_probe(
     )
 
 
-def _look_at_all(probe: Probe, lengths: Sequence[int], samples: int) -> None:
-    # what is too short is refused now, not when the shorter ones have been read
+def _look_at_all(model: SegmentModel, probe: Probe, lengths: Sequence[int], samples: int) -> None:
+    # what is too short or too long is refused now, not when the others have been read
     background = 0
     for num_tokens in lengths:
         for index in range(samples):
-            text = probe.sample(index, num_tokens).text
+            sample = probe.sample(index, num_tokens)
+            text, answer = sample.text, max(map(len, sample.candidates))
+            model.require_document_fits(text.num_tokens + answer - 1, "Use shorter --lengths.")
             facts = sum(len(fact) for _, fact in text.facts)
             background = max(background, num_tokens - len(text.question) - facts)
     if background > probe.num_background_tokens:

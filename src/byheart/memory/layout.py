@@ -27,8 +27,9 @@ class MemoryLayout:
     unit_keys: bool = False
     """Whether keys get length 1 when they enter the kNN memory, for models whose own keys are of
     any length."""
-    model_type: str = "decoder"
-    """Kind of model whose keys it holds: a `Decoder`, or transformers' name of a family."""
+    model_type: str | None = None
+    """Kind of model whose keys it holds: `decoder`, or transformers' name of a family; `None` in
+    states that were saved before it was kept."""
 
     def require_same(self, other: "MemoryLayout", what: str) -> None:
         """Refuse a state that was made for another model.
@@ -44,6 +45,8 @@ class MemoryLayout:
             MemoryStateError: If any other field differs.
         """
         mine, theirs = self._comparable(), other._comparable()
+        if self.model_type is None or other.model_type is None:
+            theirs["model_type"] = mine["model_type"]
         differing = [name for name, value in mine.items() if theirs[name] != value]
         if differing:
             listed = ", ".join(f"{name} {theirs[name]} (not {mine[name]})" for name in differing)

@@ -144,6 +144,7 @@ class DecoderConfig:
             xl_cache_length=self.xl_cache_length,
             knn_memory=self.knn_memory,
             empty_slots=self.empty_slots,
+            model_type="decoder",
         )
 
 

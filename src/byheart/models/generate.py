@@ -83,7 +83,8 @@ def generate(
 
     Raises:
         ValueError: If a prompt is empty, `max_new_tokens` is below 1, or the text would be longer
-            than the model can tell apart; nothing is read then.
+            than the model can tell apart; nothing is read then. With a `stop_id`, which may come
+            at once, the prompt alone counts.
     """
     if max_new_tokens < 1:
         msg = f"max_new_tokens must be at least 1, got {max_new_tokens}."
@@ -100,7 +101,8 @@ def generate(
     sampling = sampling or SamplingConfig(temperature=0.0)
     state = state if state is not None else model.new_state(batch)
     # the last new token is not read
-    model.require_room(state, counts.to(state.position.device) + max_new_tokens - 1)
+    certain = 0 if stop_id is not None else max_new_tokens - 1
+    model.require_room(state, counts.to(state.position.device) + certain, waits=True)
     read = read_tokens(model, input_ids, state, num_tokens=num_tokens)
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     count = torch.zeros(batch, dtype=torch.long, device=input_ids.device)

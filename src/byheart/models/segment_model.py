@@ -160,19 +160,23 @@ class SegmentModel(nn.Module, ABC):
             )
             raise ValueError(msg)
 
-    def require_room(self, state: MemoryState, num_tokens: Int[Tensor, " batch"]) -> None:
+    def require_room(
+        self, state: MemoryState, num_tokens: Int[Tensor, " batch"], *, waits: bool = False
+    ) -> None:
         """Refuse to read beyond what the model can tell apart, before anything is read.
-
-        Where values are not known, the device checks it.
 
         Args:
             state: What the rows have read; rows that begin a document are reset already.
             num_tokens: Tokens that are to be read.
+            waits: Whether to ask a device for its values; else, where they are not known, the
+                device checks them when its turn comes.
         """
         limit = self.max_document_tokens
         if limit is None:
             return
         ends = state.position + num_tokens
+        if waits:
+            ends = ends.cpu()
 
         def error() -> ValueError:
             return ValueError(

@@ -53,7 +53,7 @@ def read_tokens(
 
     Raises:
         ValueError: If a document would be longer than the model can tell apart; nothing is read
-            then.
+            then. Of a single column on a device, the device checks it.
     """
     batch, width = input_ids.shape
     device = input_ids.device
@@ -68,7 +68,8 @@ def read_tokens(
     done = torch.zeros(batch, dtype=torch.long, device=device)
     if document_start is not None:
         state = state.start_documents(document_start)
-    model.require_room(state, left)
+    # a single column is one of many steps, which wait for nothing
+    model.require_room(state, left, waits=width > 1)
     is_full = num_tokens is None and state.pending is None
     for size, starts_segment in _passes(model, state, left, width, is_full=is_full):
         if starts_segment:

@@ -195,11 +195,10 @@ def _train(
     run, validation, tokenizer = parts.run, parts.data.validation, parts.data.tokenizer
     torch.manual_seed(run.training.seed)
     model = make_model(run, tokenizer.vocab_size)
-    longest = int(parts.dataset.plan.document_tokens.max()) - 1
-    model.require_document_fits(longest, "Cut documents with data.max_document_tokens.")
     evaluate = None
     if validation is not None:
-        longest = min(int(validation.lengths.max()), run.evaluation.max_tokens or sys.maxsize) - 1
+        lengths = validation.lengths[: run.evaluation.max_documents]
+        longest = min(int(lengths.max()), run.evaluation.max_tokens or sys.maxsize) - 1
         model.require_document_fits(longest, "Cut them with evaluation.max_tokens.")
         evaluate = _evaluation(validation, tokenizer, run.evaluation)
         # two tokens of each setting: what cannot be measured is refused now, not hours later

@@ -71,6 +71,8 @@ class MemoryTrainer(ResumableTrainer):
         if isinstance(model, MemoryModel):
             # now, and not when the first checkpoint is written
             require_no_adapters(model)
+        longest = int(dataset.plan.document_tokens.max()) - 1
+        model.require_document_fits(longest, "Cut documents with data.max_document_tokens.")
         super().__init__(
             TrainedModel(model, config.compile),
             dataset,
