@@ -476,9 +476,9 @@ def test_a_document_beyond_the_positions_of_gpt2_is_refused(make, draw):
     # with an XL cache its positions go on: 3 segments of 11 of them, of which 7 are text
     memory_model = make("gpt2", "XL cache", model={"n_positions": 33})
     assert memory_model(draw(1, 21)).logits.isfinite().all()
-    with pytest.raises(ValueError, match="a document must fit into the 33 positions of gpt2"):
+    with pytest.raises(ValueError, match="a document must fit into the 33 positions of the model"):
         memory_model(draw(1, 22))
-    with pytest.raises(ValueError, match="a document must fit into the 33 positions of gpt2"):
+    with pytest.raises(ValueError, match="a document must fit into the 33 positions of the model"):
         memory_model.generate(draw(1, 20), max_new_tokens=9)
     # and without one they begin anew with each segment
     assert make("gpt2", "kNN memory")(draw(1, 300)).logits.isfinite().all()
