@@ -182,7 +182,10 @@ def test_config_json_gives_the_products_of_the_model(family, tmp_path):
     input_ids = torch.ones(1, 7, dtype=torch.long)
     # eager attention computes masked scores, too
     convention = replace(MATMULS, is_causal=False)
-    assert counted(lambda: model(input_ids)) == forward_flops(shape, 7, convention).total
+    found = counted(lambda: model(input_ids)) - forward_flops(shape, 7, convention).total
+    # transformers 5.17 computes the angles of the rotation by a product of frequencies and places
+    angles = 2 * 7 * changes["head_dim"] // 2 if family == "llama" else 0
+    assert found in (0, angles)
 
 
 @given(
