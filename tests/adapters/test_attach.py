@@ -157,9 +157,9 @@ def test_an_xl_cache_is_full_attention_over_both_segments(attachable, draw):
     expected = model(ids).logits
     memory_model = opened(model, memory=False, xl_cache_length=SEGMENT)
     read = read_tokens(memory_model, ids, memory_model.new_state(2), return_logits=True)
-    # sums of float32 in another order, of logits of up to 4.5; in float64 they are equal as far as
-    # the float32 parts of the models are
-    most = 2e-6 * max(1.0, float(expected.detach().abs().max()))
+    # sums of float32 in another order, of logits of up to 4.5: 2.9e-6 in glm, 2.6e-6 in qwen3; in
+    # float64 they are equal as far as the float32 parts of the models are
+    most = 2e-6 * min(2.0, max(1.0, float(expected.detach().abs().max())))
     torch.testing.assert_close(read.logits, expected, atol=most, rtol=0)
     third = read_tokens(memory_model, ids[:, :1], read.state, return_logits=True)
     assert torch.isfinite(third.logits).all()
@@ -214,7 +214,7 @@ def test_joint_softmax_of_rotary_models_is_full_attention_at_one_place(
     torch.testing.assert_close(read.logits, expected, atol=5e-6, rtol=0)
 
 
-def test_layers_are_named_by_number_or_module(tiny_model, draw):
+def test_layers_are_named_by_number_or_module(tiny_model):
     names = ["model.layers.1.self_attn"]
     by_name = attach(tiny_model("llama"), knn=knn((0,)), layers=names, segment_length=SEGMENT)
     by_number = attach(tiny_model("llama"), knn=knn((1,)), segment_length=SEGMENT)
