@@ -480,8 +480,43 @@ def test_a_document_beyond_the_positions_of_gpt2_is_refused(make, draw):
         memory_model(draw(1, 22))
     with pytest.raises(ValueError, match="a document must fit into the 33 positions of the model"):
         memory_model.generate(draw(1, 20), max_new_tokens=9)
+    # 33 positions are enough for 22 tokens: the last new one is not read
+    new, _ = memory_model.generate(draw(1, 10), max_new_tokens=12, eos_token_id=None)
+    assert new.shape == (1, 12)
+    with pytest.raises(ValueError, match="a document must fit into the 33 positions of the model"):
+        memory_model.generate(draw(1, 10), max_new_tokens=13, eos_token_id=None)
     # and without one they begin anew with each segment
     assert make("gpt2", "kNN memory")(draw(1, 300)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["XL cache", "both"])
+def test_a_document_beyond_the_positions_of_gpt2_is_refused_before_it_is_read(kind, make, draw):
+    memory_model, ids = make("gpt2", kind, model={"n_positions": 33}), draw(2, 7)
+    out = memory_model(ids, state=memory_model.new_state(2))
+    state = memory_model.new_state(2).commit(out.new_entries)
+    calls = []
+    handle = memory_model.model.model.transformer.register_forward_pre_hook(
+        lambda *_: calls.append(True)
+    )
+    mask = torch.ones(2, 15, dtype=torch.long)
+    mask[0, 5:] = 0  # the other row is too long
+    for attempt in (
+        lambda: memory_model(draw(2, 15), attention_mask=mask, state=state),
+        lambda: memory_model.generate(
+            draw(2, 15), attention_mask=mask, state=state, max_new_tokens=2
+        ),
+        lambda: memory_model.generate(
+            draw(2, 3), state=state, max_new_tokens=13, eos_token_id=None
+        ),
+    ):
+        with pytest.raises(ValueError, match="fit into the 33 positions of the model"):
+            attempt()
+    assert not calls
+    handle.remove()
+    # nothing was written, so that what fits can still be read
+    new, after = memory_model.generate(draw(2, 3), state=state, max_new_tokens=12)
+    assert new.shape == (2, 12)
+    assert after.inner.position.tolist() == [33, 33]
 
 
 def test_unknown_tokens_are_refused(make):

@@ -26,7 +26,7 @@ from byheart.models.recurrent import RecurrentCore, Segment
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.models.recurrent_text import RowText, gather_text, new_memory, require_token_ids
 from byheart.models.segment_model import SegmentModel
-from byheart.models.segment_reader import SegmentReader, inner_layout
+from byheart.models.segment_reader import SegmentReader, inner_layout, require_room
 from byheart.models.segmentation import Step, plan_steps
 
 if TYPE_CHECKING:
@@ -332,6 +332,8 @@ class RecurrentMemory(nn.Module):
         wanted = [(step, head.request(step)) for step in steps]
         # an unfinished segment of which nothing is wanted changes nothing
         wanted = [(step, request) for step, request in wanted if request or any(self._whole(step))]
+        read_steps = [step for step, _ in wanted]
+        require_room(self.model, before.inner, read_steps, config.num_memory_tokens)
         segments = [self._segment(step, text, request) for step, request in wanted]
         read = self.memory.unroll(
             window_model(self.model, before.inner), segments, self.first_memory(before)
@@ -341,7 +343,7 @@ class RecurrentMemory(nn.Module):
         )
         if isinstance(read.reader, SegmentReader):
             entries = replace(entries, inner=read.reader.state, inner_entries=read.reader.entries)
-        result = head.collect([step for step, _ in wanted], read.outputs, num_items)
+        result = head.collect(read_steps, read.outputs, num_items)
         if read.write_share is not None:
             result["write_share"] = read.write_share
         return result, entries

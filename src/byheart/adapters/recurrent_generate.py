@@ -145,7 +145,9 @@ def _continue(
     options: dict[str, Any],
 ) -> tuple[Tensor, RecurrentState]:
     options, ends = _with_end(memory_model, options)
-    state, last = _read_but_last(memory_model, input_ids, attention_mask, state)
+    # the first new token may be the end
+    certain = 1 if len(ends) else max_new_tokens
+    state, last = _read_but_last(memory_model, input_ids, attention_mask, state, certain)
     unfinished = torch.ones_like(last, dtype=torch.bool)
     pieces: list[Tensor] = []
     left, length = max_new_tokens, memory_model.memory_config.segment_length
@@ -182,7 +184,8 @@ def _token_by_token(
 ) -> tuple[Tensor, RecurrentState]:
     options, ends = _with_end(memory_model, options)
     sampling = options.get("sampling") or SamplingConfig(temperature=0.0)
-    state, newest = _read_but_last(memory_model, input_ids, attention_mask, state)
+    certain = 1 if len(ends) else max_new_tokens
+    state, newest = _read_but_last(memory_model, input_ids, attention_mask, state, certain)
     unread = unfinished = torch.ones_like(newest, dtype=torch.bool)
     pieces: list[Tensor] = []
     while len(pieces) < max_new_tokens and bool(unfinished.any()):
@@ -220,6 +223,7 @@ def _read_but_last(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     state: RecurrentState,
+    num_certain: int,
 ) -> tuple[RecurrentState, Tensor]:
     """Read all but the last token of each row, whose logits are wanted next.
 
@@ -227,17 +231,37 @@ def _read_but_last(
         The state, and the last tokens.
 
     Raises:
-        ValueError: If a row has no token.
+        ValueError: If a row has no token, or text and as many new tokens as are certain go beyond
+            the model's last position; nothing is read then.
     """
     first, counts = text_extents(input_ids, attention_mask)
     if not all(counts):
         msg = "Every row of input_ids must have at least one token to continue, got an empty row."
         raise ValueError(msg)
+    _require_room(memory_model, state, torch.tensor(counts, device=input_ids.device), num_certain)
     start = torch.tensor(first, device=input_ids.device)[:, None]
     place = start + torch.tensor(counts, device=input_ids.device)[:, None] - 1
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     but_last = (columns >= start) & (columns < place)
     return _read(memory_model, input_ids, but_last, state), input_ids.gather(1, place)[:, 0]
+
+
+def _require_room(
+    memory_model: RecurrentMemory,
+    state: RecurrentState,
+    num_tokens: Int[Tensor, " rows"],
+    num_certain: int,
+) -> None:
+    inner, config = state.inner, memory_model.memory_config
+    if inner is None:
+        return
+    length, memory = config.segment_length, 2 * config.num_memory_tokens
+    text = state.num_pending + num_tokens + num_certain
+    written = text // length * (length + memory)
+    # the last new token is not read, unless it ends a segment
+    asked = (text - 1) // length * (length + memory) + (text - 1) % length
+    asked = asked + memory * ((text - 1) % length > 0)
+    memory_model.model.require_room(inner, torch.maximum(written, asked), waits=True)
 
 
 def _read(

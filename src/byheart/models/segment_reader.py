@@ -1,8 +1,9 @@
 """Recurrent memory around a model that has a memory of its own: XL cache and kNN memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from byheart.memory.layout import MemoryLayout
@@ -11,6 +12,7 @@ from byheart.models.config import DecoderConfig
 from byheart.models.recurrent import Encoded
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.models.segment_model import SegmentModel
+from byheart.models.segmentation import Step
 from byheart.models.text_output import TextRequest
 from byheart.models.window import Window
 
@@ -90,6 +92,30 @@ def inner_layout(model: nn.Module) -> MemoryLayout | None:
     """
     layout = model.memory_layout if isinstance(model, SegmentModel) else None
     return layout if layout is not None and _holds_anything(layout) else None
+
+
+def require_room(
+    model: nn.Module, state: MemoryState | None, steps: Sequence[Step], num_memory_tokens: int
+) -> None:
+    """Refuse to read windows beyond what a model can tell apart, before the first is read.
+
+    Args:
+        model: Any model.
+        state: Its own memory before the first window; `None` without one.
+        steps: The text that will be read.
+        num_memory_tokens: Memory tokens on each side of it.
+
+    Raises:
+        ValueError: If a document would be longer than that.
+    """
+    if state is None or not isinstance(model, SegmentModel):
+        return
+    counts = [0] * state.batch_size
+    for step in steps:
+        for row, (start, stop) in zip(step.rows, step.spans, strict=True):
+            # a row that only keeps the others company reads nothing, not even memory
+            counts[row] += stop - start + 2 * num_memory_tokens if stop > start else 0
+    model.require_room(state, torch.tensor(counts, device=state.position.device))
 
 
 def _holds_anything(layout: MemoryLayout) -> bool:
