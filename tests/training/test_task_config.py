@@ -97,6 +97,14 @@ def test_a_depth_may_be_as_long_as_the_longest_documents():
         (["encoder.architecture=bert", "encoder.pooling=mean"], "pooling must be 'cls' for bert"),
         (["encoder.init_std=0"], "encoder: init_std must be above 0 and below 1, got 0"),
         (["encoder.dropout=1"], "dropout must be at least 0 and below 1"),
+        (
+            ["pretrained_dropout=0"],
+            "must be null without a pretrained encoder, got 0.*encoder.drop",
+        ),
+        (
+            ["encoder=null", "pretrained=folder", "pretrained_dropout=1"],
+            "pretrained_dropout must be at least 0 and below 1, got 1",
+        ),
         (["encoder.vocab_size=10"], "vocab_size must be at least 257"),
         (["memory.bptt_depth=0"], "memory: bptt_depth must be at least 1"),
         (

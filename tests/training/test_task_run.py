@@ -391,6 +391,17 @@ def test_a_pretrained_encoder_learns_with_its_own_tokenizer(pretrained, tmp_path
     assert "where is" in trained.task.sample(0, 1).text()
 
 
+@pytest.mark.parametrize("dropout", [None, 0.0, 0.25])
+def test_a_pretrained_encoder_drops_what_the_run_says(dropout, pretrained):
+    run = task_run(encoder=None, pretrained=str(pretrained), window=40, pretrained_dropout=dropout)
+    model = make_memory_model(run, make_tokenizer(run), 6).model
+    expected = 0.1 if dropout is None else dropout  # BERT's own
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {expected}
+    assert model.config.attention_probs_dropout_prob == expected
+    assert model.config.num_labels == 6
+    assert model.dtype == torch.float32
+
+
 def test_a_window_beyond_the_encoder_is_refused(pretrained, tmp_path):
     run = task_run(encoder=None, pretrained=str(pretrained), window=41)
     with pytest.raises(ValueError, match="must fit into the window of 40 positions, got 41"):

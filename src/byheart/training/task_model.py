@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -119,13 +120,7 @@ def make_memory_model(
     if run.encoder is not None:
         encoder = _scratch(run.encoder, run.window, tokenizer.tokenizer.vocab_size, num_labels)
     else:
-        encoder = AutoModelForSequenceClassification.from_pretrained(
-            # a checkpoint may be in half precision
-            run.pretrained,
-            num_labels=num_labels,
-            local_files_only=True,
-            dtype=torch.float32,
-        )
+        encoder = _pretrained(run.pretrained, run.pretrained_dropout, num_labels)
     config = run.memory.resolve(
         run.segment_length,
         run.task.form,
@@ -133,6 +128,22 @@ def make_memory_model(
         separator_ids=(tokenizer.separator_id,),
     )
     return RecurrentMemory(encoder, config).eval()
+
+
+def _pretrained(path: str | None, dropout: float | None, num_labels: int) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(path, num_labels=num_labels, local_files_only=True)
+    if dropout is not None:
+        # `hidden_dropout_prob`, `attention_dropout`, `mlp_dropout`, ..., as each family calls them
+        for name, value in config.to_dict().items():
+            if "dropout" in name and type(value) in (int, float):
+                setattr(config, name, dropout)
+    return AutoModelForSequenceClassification.from_pretrained(
+        # a checkpoint may be in half precision
+        path,
+        config=config,
+        local_files_only=True,
+        dtype=torch.float32,
+    )
 
 
 def _scratch(
