@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 from byheart.cli.main import main
 from byheart.cli.reproduce_generalization import PUBLISHED_GENERALIZATION
@@ -102,6 +103,31 @@ def test_evaluate_task_json_is_the_only_thing_on_standard_output(command, run_di
     )  # fmt: skip
     assert code == 0, err
     assert json.loads(out)["accuracy_deviation"] is None
+
+
+@pytest.mark.parametrize(
+    ("trained", "instruction", "measured"),
+    [
+        ("bfloat16", True, "bfloat16"),
+        ("bfloat16", False, "float32"),
+        ("float32", True, "float32"),
+    ],
+)
+def test_bfloat16_is_for_processors_that_multiply_in_it(
+    trained, instruction, measured, command, run_dir, tmp_path, monkeypatch
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["training"]["precision"] = trained
+    (copy / "config.json").write_text(json.dumps(config))
+    capabilities = {"avx512_bf16": instruction}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    code, out, err = command(
+        "evaluate-task", copy, "--segments", "2", "--samples", 3, "--no-plot", "--json"
+    )
+    assert code == 0, err
+    assert [run["precision"] for run in json.loads(out)["runs"]] == [measured]
 
 
 def test_evaluate_task_reads_other_documents(command, run_dir, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,15 @@ def test_a_result_survives_json():
     assert content["measurements"][0]["accuracy"] == 0.9
     assert content["measurements"][1]["tokens_per_second"] == 140.0
     assert SegmentsResult.from_dict(content) == result
+
+
+def test_the_precision_of_a_joined_result_is_that_of_all_its_parts():
+    first, second = (replace(result_of(measured(n)), precision="float32") for n in (1, 4))
+    joined = SegmentsResult.joined([first, second])
+    assert joined.precision == "float32"
+    assert [m.num_segments for m in joined.measurements] == [1, 4]
+    other = replace(second, precision="bfloat16")
+    assert SegmentsResult.joined([first, other]).precision is None
 
 
 def test_table_of_one_result():

@@ -192,6 +192,8 @@ def measure_trained(
 ) -> "SegmentsResult":
     """Measure the accuracy of what a run has left, with a progress bar.
 
+    A model that has learned in bfloat16 is read in it where that is fast.
+
     Args:
         trained: Model and documents.
         segments: Lengths of the documents.
@@ -202,8 +204,12 @@ def measure_trained(
     Returns:
         Accuracy by length.
     """
-    from byheart.evaluation.segments import evaluate_by_segments
+    import torch
 
+    from byheart.evaluation.segments import evaluate_by_segments
+    from byheart.ops.processor import multiplies_bfloat16
+
+    is_fast = multiplies_bfloat16(torch.device(device))
     with evaluation_progress() as on_progress:
         return evaluate_by_segments(
             trained.memory_model.to(device),
@@ -211,7 +217,7 @@ def measure_trained(
             segments=segments,
             samples=samples,
             rows=rows,
-            precision=trained.run.training.precision,
+            precision=trained.run.training.precision if is_fast else "float32",
             on_progress=on_progress,
         )
 

@@ -108,6 +108,7 @@ def evaluate_by_segments(
         segment_length=length,
         num_labels=task.num_labels,
         measurements=tuple(measurements),
+        precision=precision,
     )
 
 

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from byheart.config import from_dict, to_dict
 from byheart.evaluation.tables import Grid, format_number, markdown_table
@@ -68,6 +69,8 @@ class SegmentsResult:
     """Answers to choose from."""
     measurements: tuple[SegmentsMeasurement, ...]
     """One per length, in the order they were asked for."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Of the matrix products; `None` if it was not written down, or not the same for all."""
 
     @classmethod
     def joined(cls, results: "Sequence[SegmentsResult]") -> "SegmentsResult":
@@ -80,7 +83,9 @@ class SegmentsResult:
             All measurements.
         """
         measurements = tuple(m for result in results for m in result.measurements)
-        return replace(results[0], measurements=measurements)
+        precisions = {result.precision for result in results}
+        precision = precisions.pop() if len(precisions) == 1 else None
+        return replace(results[0], measurements=measurements, precision=precision)
 
     def by_length(self) -> "dict[int, SegmentsResult]":
         """Take the result apart.

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from byheart.ops.processor import multiplies_bfloat16
 from byheart.ops.search_cpu import num_buckets, scan_top_k
 from byheart.ops.search_select import GROUP, Buffers, product_top_k, sort_packed, unpack
 
@@ -27,9 +28,7 @@ def _uses_scan(
         return True
     if num_queries < _SCAN_MIN_QUERIES or num_entries < _SCAN_MIN_ENTRIES:
         return False
-    # without the instruction a bfloat16 product is slower than a float32 one
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return multiplies_bfloat16(torch.device("cpu"))
 
 
 def _search_slab(
