@@ -378,7 +378,8 @@ def render() -> str:
         *(task_section(task) for task in ("memorize", "detect", "reason")),
         generalization_section(),
         flops_section(),
-        pretrained_section(),
+        pretrained_section("memorize-minilm", "GPU"),
+        pretrained_section("memorize-minilm-cpu", "CPU"),
         *(recipe_section(task) for task in ("detect", "reason")),
     ]
     text = "\n\n".join([INTRODUCTION.strip(), *(section for section in sections if section)])

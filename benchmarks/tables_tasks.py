@@ -65,11 +65,11 @@ def generalization_section() -> str | None:
     )
 
 
-def pretrained_section() -> str | None:
-    result = read("memorize-minilm/seed-0/result.json")
+def pretrained_section(name: str, place: str) -> str | None:
+    result = read(f"{name}/seed-0/result.json")
     if result is None:
         return None
-    note = HERE / "results" / "memorize-minilm" / "note.md"
+    note = HERE / "results" / name / "note.md"
     rows = [
         [
             f"{row['num_segments']:,}",
@@ -82,7 +82,7 @@ def pretrained_section() -> str | None:
     ]
     return "\n\n".join(
         [
-            "## Recurrent memory on a pretrained encoder: memorize",
+            f"## Recurrent memory on a pretrained encoder, on a {place}: memorize",
             note.read_text(encoding="utf-8").strip(),
             table(["segments", "tokens", "accuracy", "95 % interval", "tokens per second"], rows),
             result["summary"],
