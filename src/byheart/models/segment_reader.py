@@ -108,7 +108,7 @@ def require_room(
     Raises:
         ValueError: If a document would be longer than that.
     """
-    if state is None or not isinstance(model, SegmentModel):
+    if state is None or not isinstance(model, SegmentModel) or model.max_document_tokens is None:
         return
     counts = [0] * state.batch_size
     for step in steps:
