@@ -101,6 +101,21 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_had_not_been(whole, tmp_path
     assert weights_of(tmp_path) == weights_of(whole)
 
 
+def test_a_resumed_run_may_end_earlier_than_it_was_meant_to(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    saturated = json.loads((out / "result.json").read_text())["stages"][-1]["step"]
+    for step in steps_of(out):
+        if step > saturated:
+            shutil.rmtree(out / f"checkpoint-{step}")
+    sooner = train_task(task_run(curriculum={"continue_steps": 2}), out, resume=True)
+    assert sooner.steps == saturated + 2
+    assert train_task(task_run(curriculum={"continue_steps": 2}), tmp_path / "new").steps == (
+        saturated + 2
+    )
+    assert metrics_of(out) == metrics_of(tmp_path / "new") != metrics_of(whole)
+
+
 def test_without_its_curriculum_the_resumed_run_would_be_another(whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -304,6 +319,9 @@ def test_a_stage_that_is_not_reached_is_said_and_can_be_given_more_time(tmp_path
     result = train_task(task_run(curriculum=impossible), tmp_path)
     assert (result.outcome, result.steps) == ("not reached", 8)
     assert "The stage of 1 of 3 segments was not reached: after 8 steps" in result.summary
+    shorter = task_run(curriculum=impossible | {"stage_steps": 7})
+    with pytest.raises(ValueError, match=r"stage_steps must be at least the 8 .* done, got 7\."):
+        train_task(shorter, tmp_path, resume=True)
     longer = task_run(curriculum=impossible | {"stage_steps": 12})
     assert train_task(longer, tmp_path, resume=True).steps == 12
     assert train_task(longer, tmp_path / "whole").steps == 12
@@ -344,8 +362,8 @@ def test_a_checkpoint_of_another_run_is_refused(whole, tmp_path):
     shutil.copytree(whole, out)
     with pytest.raises(CheckpointError, match=r"memory.noise 0.1, this run has 0.0"):
         train_task(task_run(memory={"noise": 0.0}), out, resume=True)
-    with pytest.raises(ValueError, match=r"curriculum.stage_steps must be at least the 8 .* got 4"):
-        train_task(task_run(curriculum={"stage_steps": 4}), out, resume=True)
+    with pytest.raises(ValueError, match=r"continue_steps must be at least the 3 .* done, got 2\."):
+        train_task(task_run(curriculum={"continue_steps": 2}), out, resume=True)
     with pytest.raises(ValueError, match="must not hold a run already"):
         train_task(RUN, out)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -172,6 +173,25 @@ class Curriculum:
         """Step at which the last stage was reached; `None` if it was not yet."""
         reached = self.reached
         return reached[-1].step if len(reached) == self.config.num_stages else None
+
+    @property
+    def longest_stage(self) -> int:
+        """Most steps that a stage has taken, up to its last evaluation."""
+        ends = [0, *(evaluation.step for evaluation in self.reached)]
+        if self.saturated_at is None and self.evaluations:
+            ends.append(self.evaluations[-1].step)
+        return max((end - start for start, end in pairwise(ends)), default=0)
+
+    def num_continued(self, step: int) -> int:
+        """Count the steps after the last stage was reached.
+
+        Args:
+            step: Optimizer steps done.
+
+        Returns:
+            Steps; 0 if it was not reached.
+        """
+        return 0 if self.saturated_at is None else step - self.saturated_at
 
     @property
     def last_step(self) -> int:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.adapters.recurrent_saving import save_recurrent
-from byheart.config import load_config, save_config, to_dict, write_text_atomic
+from byheart.config import save_config, to_dict, write_text_atomic
 from byheart.data.tasks import Task
 from byheart.evaluation.segments import SegmentsProgress, evaluate_by_segments
 from byheart.evaluation.segments_result import SegmentsResult
@@ -39,11 +39,10 @@ from byheart.training.task_trainer import TaskTrainer, load_curriculum
 __all__ = ["TaskResult", "train_task"]
 
 _TENSORBOARD = "tensorboard"
-# what may be raised when a run is resumed: lower ones could make steps that are done too many
-_FREE_TO_RAISE = ("stage_steps", "continue_steps")
+# what may change when a run is resumed
 _FREE = {
     "training": ("save_every", "keep_checkpoints", "log_every"),
-    "curriculum": (*_FREE_TO_RAISE, "keep_stages"),
+    "curriculum": ("stage_steps", "continue_steps", "keep_stages"),
 }
 # what a run without a checkpoint may be begun again with
 _FREE_NAMES = (
@@ -135,8 +134,9 @@ def train_task(
         out_dir: Directory of the run.
         resume: Go on from the newest complete checkpoint, or at step 0 if the run was killed before
             its first. The result is that of a run that was never interrupted. How often to log and
-            save and the final evaluation may differ, `stage_steps` and `continue_steps` may be
-            higher, and stages be kept from now on if none was reached, or no longer.
+            save and the final evaluation may differ, `stage_steps` and `continue_steps` be any
+            number that is not exceeded already (the rate falls from then on as if it had always
+            been that), and stages be kept from now on if none was reached, or no longer.
         overwrite: Remove the run that is in the directory.
         on_event: Called in the main process for each log line, evaluation and checkpoint.
         on_progress: Called during the final evaluation.
@@ -169,7 +169,7 @@ def train_task(
         identity = _identity(run, tokenizer, arguments.world_size)
         if checkpoint is not None:
             checkpoint.require_same(identity)
-            _check_lengths(run, out)
+            _check_steps(run, out, checkpoint)
             _check_stages(run, out, checkpoint)
         train, validation = (
             make_task(run, tokenizer.tokenizer, is_training=is_training, seed=run.training.seed)
@@ -236,14 +236,17 @@ def _identity(run: TaskRunConfig, tokenizer: TaskTokenizer, num_processes: int) 
     return plain | {"tokenizer": fingerprint, "num_processes": num_processes}
 
 
-def _check_lengths(run: TaskRunConfig, out: Path) -> None:
-    before = load_config(TaskRunConfig, out / CONFIG).curriculum
-    for name in _FREE_TO_RAISE:
-        least, wanted = getattr(before, name), getattr(run.curriculum, name)
+def _check_steps(run: TaskRunConfig, out: Path, checkpoint: Checkpoint) -> None:
+    curriculum = load_curriculum(checkpoint, run.curriculum)
+    for name, least in (
+        ("stage_steps", curriculum.longest_stage),
+        ("continue_steps", curriculum.num_continued(checkpoint.step)),
+    ):
+        wanted = getattr(run.curriculum, name)
         if wanted < least:
             msg = (
-                f"curriculum.{name} must be at least the {least} that {out} has had, got {wanted}. "
-                "Raise it."
+                f"curriculum.{name} must be at least the {least} that {out} has done, got {wanted}."
+                " Raise it."
             )
             raise ValueError(msg)
 
