@@ -127,6 +127,16 @@ def test_autocast_is_that_of_the_reading(recorded, tiny_model):
     assert recorded["replayed"]
 
 
+def test_a_backbone_that_was_compiled_in_place_is_read_the_same(recorded, tiny_model):
+    memory_model, documents = memory_around(tiny_model("bert")), documents_of((14, 28))
+    expected = list(memory_model.read_documents(documents, rows=1, cuda_graphs=False))
+    memory_model.model.base_model.compile(backend="aot_eager", dynamic=False)
+    found = list(memory_model.read_documents(documents, rows=1, cuda_graphs=True))
+    assert recorded["replayed"]
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours.logits, theirs.logits)
+
+
 def test_one_recording_for_each_number_of_rows(recorded, tiny_model):
     memory_model = memory_around(tiny_model("bert"))
     assert_same_reads(memory_model, documents_of((70, 35, 35, 35)), rows=2)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from byheart.adapters.families import window_model
 from byheart.adapters.recurrent import RecurrentMemory
+from byheart.adapters.unmasked import without_needless_masks
 from byheart.models.eval_mode import eval_mode
 from byheart.models.recurrent import Segment
 
@@ -49,7 +50,7 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
         Does all of it again, with what is in those tensors then, by one launch. It keeps the
         function, and so the tensors.
     """
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), without_needless_masks():
         current = torch.cuda.current_stream()
         # a recording that fails would leave its own stream behind as the current one
         with torch.cuda.stream(current):
