@@ -19,8 +19,6 @@ def recurrent_gpu_section() -> str | None:
         for rows, found in result["reading"].items()
         for name, value in found["ratios"].items()
     ]
-    document = result["document"]
-    peak = document["peak_mib"]
     return "\n\n".join(
         [
             "## Recurrent memory on a GPU",
@@ -29,13 +27,26 @@ def recurrent_gpu_section() -> str | None:
             "CUDA graph it is the floor.",
             table(["reading with", "batch", "ms per window of all rows (median)"], times),
             table(["ratio", "batch", ""], ratios),
-            f"A document of {document['tokens']:,} tokens ({document['segments']:,} segments) at "
-            f"batch 1, recording included: {document['seconds']:.2f} s"
-            + (f", peak {peak:,.0f} MiB." if peak is not None else "."),
+            document_line(result),
             training_table(result["training"]),
+            *([result["note"]] if "note" in result else []),
             gpu_line(result["machine"]),
         ]
     )
+
+
+def document_line(result: dict[str, Any]) -> str:
+    plain, compiled = result["document"], result.get("document, compiled")
+    parts = [spent(plain)] + ([f"compiled {spent(compiled)}"] if compiled else [])
+    return (
+        f"A document of {plain['tokens']:,} tokens ({plain['segments']:,} segments) at batch 1, "
+        f"recording included: {'; '.join(parts)}."
+    )
+
+
+def spent(document: dict[str, Any]) -> str:
+    peak = document["peak_mib"]
+    return f"{document['seconds']:.2f} s" + (f", peak {peak:,.0f} MiB" if peak is not None else "")
 
 
 def training_table(training: dict[str, Any]) -> str:
