@@ -1,12 +1,24 @@
-"""Makes `training_setup` importable, and collecting garbage fast."""
+"""A pretrained model to put memory on; `training_setup` importable; collecting garbage fast."""
 
 import gc
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from byheart.adapters.attach_config import AttachConfig
+from byheart.memory.config import KnnMemoryConfig
+from byheart.training.config import DataConfig, PretrainedConfig, RunConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+from training_setup import training_config
+
+SENTENCE = "The old key opens the new door. "
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -15,3 +27,33 @@ def _frozen_modules():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """The folder of a tiny pretrained model."""
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.fixture
+def attached_run(llama, tmp_path):
+    """Six steps of it with a memory, on three documents."""
+    texts = [SENTENCE * 4, "Nothing else. " * 5, SENTENCE * 2]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    memory = AttachConfig(
+        knn=KnnMemoryConfig(layers=(-1,), memory_size=23, top_k=4),
+        segment_length=7, xl_cache_length=7,
+    )  # fmt: skip
+    return RunConfig(
+        name="attached",
+        pretrained=PretrainedConfig(path=str(llama), memory=memory),
+        data=DataConfig(train=str(path), validation=str(path), cache_dir=str(tmp_path / "cache")),
+        training=training_config(max_steps=6, evaluate_every=3),
+    )

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import peft
 import pytest
 import torch
 from training_setup import VOCAB, make_dataset, training_config
@@ -11,7 +10,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from byheart import read_tokens
 from byheart.adapters.attach import attach
-from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.memory_saving import load_attached
 from byheart.data.rows import collate
 from byheart.data.token_cache import tokenize_corpus
@@ -20,46 +18,19 @@ from byheart.errors import CheckpointError
 from byheart.memory.config import KnnMemoryConfig
 from byheart.training.arguments import training_arguments
 from byheart.training.config import (
-    DataConfig,
     EvaluationConfig,
     ModelConfig,
     PretrainedConfig,
-    RunConfig,
 )
 from byheart.training.models import make_model
 from byheart.training.run import train
 from byheart.training.trainer import MemoryTrainer
 from byheart.training.wrapper import TrainedModel
 
-SENTENCE = "The old key opens the new door. "
-
 
 @pytest.fixture
-def llama(tmp_path):
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    return tmp_path / "llama"
-
-
-@pytest.fixture
-def run(llama, tmp_path):
-    texts = [SENTENCE * 4, "Nothing else. " * 5, SENTENCE * 2]
-    path = tmp_path / "texts.jsonl"
-    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
-    memory = AttachConfig(
-        knn=KnnMemoryConfig(layers=(-1,), memory_size=23, top_k=4),
-        segment_length=7, xl_cache_length=7,
-    )  # fmt: skip
-    return RunConfig(
-        name="attached",
-        pretrained=PretrainedConfig(path=str(llama), memory=memory),
-        data=DataConfig(train=str(path), validation=str(path), cache_dir=str(tmp_path / "cache")),
-        training=training_config(max_steps=6, evaluate_every=3),
-    )
+def run(attached_run):
+    return attached_run
 
 
 def losses(directory):
@@ -250,20 +221,6 @@ def test_documents_beyond_the_last_position_are_refused_before_the_first_step(ru
 def draw_before():
     """A whole segment of another document."""
     return torch.randint(VOCAB, (1, 7), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_layers_of_peft_are_refused_before_the_first_step(tmp_path):
-    config = training_config(max_steps=20)
-    dataset = make_dataset(config)
-    settings = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, intermediate_size=24, **settings))
-    memory_model = attach(
-        model, knn=KnnMemoryConfig(layers=(-1,), memory_size=23, top_k=4), segment_length=7
-    )
-    peft.get_peft_model(memory_model.model, peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"has layers of PEFT, such as .*q_proj"):
-        MemoryTrainer(memory_model, dataset, config, training_arguments(config, tmp_path))
 
 
 def test_short_texts_are_measured_before_and_after(run, llama, tmp_path):

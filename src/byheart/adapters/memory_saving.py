@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from byheart.adapters.attach_config import AttachConfig
@@ -179,14 +179,33 @@ def require_no_adapters(memory_model: MemoryModel) -> None:
     Raises:
         ValueError: If PEFT has put layers of its own into it.
     """
-    for name, module in memory_model.model.named_modules():
-        if type(module).__module__.partition(".")[0] == "peft":
-            msg = (
-                f"The model has layers of PEFT, such as {name}, and cannot be saved with them. "
-                "Merge them with merge_and_unload(), or save it with PEFT's save_pretrained; with "
-                "modules_to_save=['byheart_memory'] the memory learns and is saved there, too."
-            )
-            raise ValueError(msg)
+    name = first_adapter(memory_model.model)
+    if name is not None:
+        msg = (
+            f"The model has layers of PEFT, such as {name}, and cannot be saved with them. "
+            "Merge them with merge_and_unload(), or save it with PEFT's save_pretrained; with "
+            "modules_to_save=['byheart_memory'] the memory learns and is saved there, too."
+        )
+        raise ValueError(msg)
+
+
+def first_adapter(model: nn.Module) -> str | None:
+    """Look for a layer that PEFT has put into a model.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The name of the first; `None` if there is none.
+    """
+    return next(
+        (
+            name
+            for name, module in model.named_modules()
+            if type(module).__module__.partition(".")[0] == "peft"
+        ),
+        None,
+    )
 
 
 def _put_back(memory_model: MemoryModel, weights: dict[str, Tensor]) -> None:

@@ -192,16 +192,35 @@ class PretrainedConfig:
     """What is put on it."""
     from_scratch: bool = False
     """Take random weights, of the shape that the folder's config.json names."""
-    trains: Literal["all", "memory", "memory_layers"] = "all"
-    """Which weights learn: all, those of the memory alone, or those of the memory and of the layers
-    that have one."""
+    trains: Literal["all", "memory", "memory_layers", "lora"] = "all"
+    """Which weights learn: all, those of the memory alone, those of the memory and of the layers
+    that have one, or those of the memory and LoRA beside the others (`byheart[peft]`), which is
+    added to them at the end. Checkpoints then hold only what learns."""
+    lora_rank: int = 8
+    """Rank of LoRA's matrices."""
+    lora_alpha: int = 16
+    """What LoRA adds is multiplied by this over the rank."""
+    lora_modules: tuple[str, ...] | None = None
+    """Layers with LoRA, by the last part of their name; `None` for those that PEFT chooses."""
     gradient_checkpointing: bool = False
     """Keep no activations of the layers and compute them again in the backward pass: less memory,
     about a third more time, the same gradients."""
 
     def __post_init__(self) -> None:
         require_choices(self)
-        if self.trains != "all" and self.memory.knn is None:
+        require_at_least("lora_rank", self.lora_rank, 1)
+        require_at_least("lora_alpha", self.lora_alpha, 1)
+        if self.trains == "lora":
+            if self.from_scratch:
+                msg = "pretrained.from_scratch must be false with trains='lora', got true."
+                raise ValueError(msg)
+        elif (self.lora_rank, self.lora_alpha, self.lora_modules) != (8, 16, None):
+            msg = (
+                "pretrained.lora_rank, lora_alpha and lora_modules must be left out unless "
+                f"trains='lora', got trains={self.trains!r}."
+            )
+            raise ValueError(msg)
+        elif self.trains != "all" and self.memory.knn is None:
             msg = (
                 f"pretrained.trains={self.trains!r} needs a kNN memory, got memory.knn=None: "
                 "nothing would learn. Set memory.knn, or trains='all'."

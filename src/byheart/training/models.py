@@ -1,6 +1,5 @@
 """The models that a run on documents can train, and what it asks of them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -9,12 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from byheart.adapters.loading import load_transformer
 from byheart.adapters.memory_model import MemoryModel
-from byheart.adapters.memory_saving import load_attached_weights, save_attached
+from byheart.adapters.memory_saving import first_adapter, load_attached_weights, save_attached
 from byheart.config import to_dict
 from byheart.errors import CheckpointError
 from byheart.models.checkpoint import load_weights, save_model
 from byheart.models.decoder import Decoder
 from byheart.training.config import PretrainedConfig, RunConfig
+from byheart.training.lora import add_lora, load_learned, save_learned
 
 __all__ = [
     "TrainableModel",
@@ -45,7 +45,11 @@ def make_model(run: RunConfig, vocab_size: int) -> TrainableModel:
     model = MemoryModel(_transformer(run.pretrained), run.pretrained.memory)
     if run.pretrained.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if run.pretrained.trains != "all":
+    if run.pretrained.trains == "lora":
+        add_lora(model.model, run.pretrained)
+        for weight in model.memory_parameters():
+            weight.requires_grad_()
+    elif run.pretrained.trains != "all":
         kept = model.memory_parameters()
         if run.pretrained.trains == "memory_layers":
             blocks = [model.layers.block_of(model.model, layer) for layer in model.memories()]
@@ -60,8 +64,13 @@ def require_model(run: RunConfig) -> None:
     Args:
         run: The run.
     """
-    if run.pretrained is not None:
-        _config(run.pretrained)
+    if run.pretrained is None:
+        return
+    config = _config(run.pretrained)
+    if run.pretrained.trains == "lora":
+        # without memory for its weights
+        with torch.device("meta"):
+            add_lora(AutoModelForCausalLM.from_config(config), run.pretrained)
 
 
 def model_identity(run: RunConfig, vocab_size: int) -> dict[str, Any]:
@@ -100,12 +109,14 @@ def save_trained(model: TrainableModel, directory: Path, *, tokenizer_fingerprin
     """Write a model to a directory, replaced only when the new one is complete.
 
     Args:
-        model: What to save.
+        model: What to save; of one with layers of PEFT, what learns.
         directory: Where to.
         tokenizer_fingerprint: Identifies the tokenizer that made the model's tokens.
     """
     if isinstance(model, Decoder):
         save_model(model, directory, tokenizer_fingerprint=tokenizer_fingerprint)
+    elif first_adapter(model) is not None:
+        save_learned(model, directory, tokenizer_fingerprint)
     else:
         save_attached(
             model, directory, with_model=True, tokenizer_fingerprint=tokenizer_fingerprint
@@ -119,10 +130,12 @@ def load_model_weights(model: TrainableModel, directory: Path) -> None:
         model: A model of the same shape.
         directory: Where the weights are.
     """
-    load: Callable[[Any, Path], None] = (
-        load_weights if isinstance(model, Decoder) else load_attached_weights
-    )
-    load(model, directory)
+    if isinstance(model, Decoder):
+        load_weights(model, directory)
+    elif first_adapter(model) is not None:
+        load_learned(model, directory)
+    else:
+        load_attached_weights(model, directory)
 
 
 def _transformer(config: PretrainedConfig) -> Any:

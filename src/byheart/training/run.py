@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from byheart.adapters.memory_model import MemoryModel
 from byheart.config import load_config, save_config, write_text_atomic
 from byheart.data.corpus import TokenizedCorpus
 from byheart.data.rows import SegmentDataset
@@ -35,6 +36,7 @@ from byheart.training.checkpoint import (
 from byheart.training.config import SHORT_LOSS, EvaluationConfig, RunConfig
 from byheart.training.data import RunData, load_data, make_dataset
 from byheart.training.identity import FREE_TO_CHANGE, run_identity
+from byheart.training.lora import merge_lora
 from byheart.training.metrics import MetricsFile, plain_number
 from byheart.training.models import (
     TrainableModel,
@@ -218,6 +220,8 @@ def _train(
     )
     trainer.evaluates_first = run.evaluation.short_tokens is not None
     trainer.train(parts.checkpoint)
+    if isinstance(model, MemoryModel):
+        merge_lora(model)
     return model
 
 

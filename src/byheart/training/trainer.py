@@ -9,12 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from byheart.adapters.memory_model import MemoryModel
-from byheart.adapters.memory_saving import require_no_adapters
 from byheart.config import to_dict
 from byheart.data.rows import SegmentDataset, collate
 from byheart.errors import CheckpointError
 from byheart.memory.state import MemoryState, NewEntries
+from byheart.models.decoder import Decoder
 from byheart.ops.losses import IGNORED
 from byheart.training.callbacks import TrainEvent
 from byheart.training.checkpoint import MODEL, Checkpoint, load_memory, save_memory
@@ -39,12 +38,15 @@ class MemoryTrainer(ResumableTrainer):
     them a process or micro-batch has. Checkpoints hold the states, and resuming repeats an
     uninterrupted run: on a CPU bit for bit.
 
+    Of a model with layers of PEFT, checkpoints hold the weights that learn; at the end it still has
+    those layers.
+
     Args:
         model: The model; it is trained in place.
         dataset: The segments of all rows in the order of the steps.
         config: How to train.
         arguments: What `training_arguments` made of it; names the directory of the run.
-        identity: What the model is, for checkpoints; `None` for a decoder's config.
+        identity: What the model is, for checkpoints; `None` for its config.
         tokenizer_fingerprint: Identifies the tokenizer of the dataset, for checkpoints.
         evaluate: Measures the model, with memory of its own, in each process. It must not change
             anything. Gives metrics by name.
@@ -68,9 +70,6 @@ class MemoryTrainer(ResumableTrainer):
     ) -> None:
         check_fit(model.memory_layout.segment_length, dataset, config, arguments.world_size)
         require_compilable(model.memory_layout, config.compile)
-        if isinstance(model, MemoryModel):
-            # now, and not when the first checkpoint is written
-            require_no_adapters(model)
         longest = int(dataset.plan.document_tokens.max()) - 1
         model.require_document_fits(longest, "Cut documents with data.max_document_tokens.")
         super().__init__(
@@ -94,7 +93,7 @@ class MemoryTrainer(ResumableTrainer):
         self._measure = evaluate
         self.evaluates_first = False
         """Whether to measure once before the first step, too."""
-        self._model_identity = to_dict(model.config) if identity is None else identity
+        self._model_identity = _identity(model) if identity is None else identity
 
     def identity(self) -> dict[str, Any]:
         """Return what the run depends on, as checkpoints keep it."""
@@ -274,6 +273,12 @@ class MemoryTrainer(ResumableTrainer):
     def _empty_memory(self) -> list[MemoryState]:
         rows, count = self.training_config.rows_per_device, self.training_config.accumulation_steps
         return [self.trained.new_state(rows) for _ in range(count)]
+
+
+def _identity(model: TrainableModel) -> dict[str, Any]:
+    if isinstance(model, Decoder):
+        return to_dict(model.config)
+    return {"memory": to_dict(model.memory_config), "config": model.config.to_diff_dict()}
 
 
 def _commit(state: MemoryState, new: NewEntries) -> MemoryState:
