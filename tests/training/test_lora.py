@@ -129,7 +129,18 @@ def test_layers_that_are_not_there_are_refused_before_a_run_is_overwritten(run, 
     kept = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"lora_modules must name linear layers .* \['qproj'\]"):
         train(with_lora(run, lora_modules=("qproj",)), tmp_path / "run", overwrite=True)
+    with pytest.raises(ValueError, match=r"lora_modules must name linear layers .* \['vproj'\]"):
+        train(with_lora(run, lora_modules=("q_proj", "vproj")), tmp_path / "run", overwrite=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == kept
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_weights_that_are_used_twice_are_refused(run, tmp_path):
+    config = LlamaConfig.from_pretrained(run.pretrained.path, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    run = with_lora(run, path=str(tmp_path / "tied"), lora_modules=("lm_head",))
+    with pytest.raises(ValueError, match=r"used in no other place, got lm_head\. Leave it out"):
+        train(run, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

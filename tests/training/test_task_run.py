@@ -116,6 +116,28 @@ def test_a_resumed_run_may_end_earlier_than_it_was_meant_to(whole, tmp_path):
     assert metrics_of(out) == metrics_of(tmp_path / "new") != metrics_of(whole)
 
 
+def test_the_rate_falls_at_once_as_it_would_have(tmp_path):
+    def run(steps):
+        training = {"save_every": 1, "keep_checkpoints": 99, "log_every": 1}
+        return task_run(curriculum={"continue_steps": steps}, training=training)
+
+    out = tmp_path / "run"
+    saturated = train_task(run(5), out).curriculum.saturated_at
+    for step in steps_of(out):
+        if step > saturated + 1:
+            shutil.rmtree(out / f"checkpoint-{step}")
+    train_task(run(3), out, resume=True)
+    train_task(run(3), tmp_path / "new")
+    rates = [
+        {line["step"]: line["learning_rate"] for line in metrics_of(place) if "loss" in line}
+        for place in (out, tmp_path / "new")
+    ]
+    last = saturated + 3
+    assert [rates[0][step] for step in (last - 1, last)] == [
+        rates[1][step] for step in (last - 1, last)
+    ]
+
+
 def test_without_its_curriculum_the_resumed_run_would_be_another(whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(whole, out)

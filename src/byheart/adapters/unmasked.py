@@ -25,10 +25,12 @@ def without_needless_masks() -> Iterator[None]:
     padding first, as this does.
     """
     with _LOCK:
-        make = ALL_MASK_ATTENTION_FUNCTIONS[_SDPA]
+        make, recorder = ALL_MASK_ATTENTION_FUNCTIONS[_SDPA], threading.get_ident()
 
         def make_if_needed(**arguments: Any) -> Tensor | None:
-            return None if _is_needless(**arguments) else make(**arguments)
+            # what other threads do meanwhile is none of its business
+            is_ours = threading.get_ident() == recorder
+            return None if is_ours and _is_needless(**arguments) else make(**arguments)
 
         ALL_MASK_ATTENTION_FUNCTIONS[_SDPA] = make_if_needed
         try:

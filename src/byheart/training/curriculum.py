@@ -174,13 +174,19 @@ class Curriculum:
         reached = self.reached
         return reached[-1].step if len(reached) == self.config.num_stages else None
 
-    @property
-    def longest_stage(self) -> int:
-        """Most steps that a stage has taken, up to its last evaluation."""
+    def longest_stage(self, step: int) -> int:
+        """Find the most steps that a stage has taken.
+
+        Args:
+            step: Optimizer steps done.
+
+        Returns:
+            Steps, those of a stage that is not reached yet included.
+        """
         ends = [0, *(evaluation.step for evaluation in self.reached)]
-        if self.saturated_at is None and self.evaluations:
-            ends.append(self.evaluations[-1].step)
-        return max((end - start for start, end in pairwise(ends)), default=0)
+        if self.saturated_at is None:
+            ends.append(step)
+        return max(end - start for start, end in pairwise(ends))
 
     def num_continued(self, step: int) -> int:
         """Count the steps after the last stage was reached.

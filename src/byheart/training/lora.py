@@ -1,5 +1,6 @@
 """LoRA: small matrices that learn beside those of a pretrained model, made by PEFT."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ def add_lora(model: nn.Module, config: PretrainedConfig) -> None:
             f"are in a Llama, got {named}: {error}"
         )
         raise ValueError(msg) from error
+    _check_layers(model, modules)
 
 
 def merge_lora(memory_model: MemoryModel) -> None:
@@ -100,7 +102,8 @@ def load_learned(memory_model: MemoryModel, directory: Path) -> None:
     saved, content = load_directory(directory)
     learned = _learned(memory_model)
     is_other = content.get(_FROZEN) != _frozen_fingerprint(memory_model)
-    if is_other or saved.keys() != learned.keys():
+    shapes = [{name: weight.shape for name, weight in one.items()} for one in (saved, learned)]
+    if is_other or shapes[0] != shapes[1]:
         msg = (
             f"{directory} holds what was learned beside the weights of another model. Name the "
             "folder (pretrained.path, --model) that the run began with."
@@ -109,6 +112,27 @@ def load_learned(memory_model: MemoryModel, directory: Path) -> None:
     with torch.no_grad():
         for name, weight in learned.items():
             weight.copy_(saved[name])
+
+
+def _check_layers(model: nn.Module, modules: tuple[str, ...] | None) -> None:
+    found = dict(_adapters(model))
+    missing = [
+        one for one in modules or () if not any(f".{name}".endswith(f".{one}") for name in found)
+    ]
+    if missing:
+        msg = f"pretrained.lora_modules must name linear layers of the model, got {missing}."
+        raise ValueError(msg)
+    places = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    shared = [
+        name for name, layer in found.items() if places[id(layer.get_base_layer().weight)] > 1
+    ]
+    if shared:
+        # merged, what was learned in one place would be in the others, too
+        msg = (
+            "pretrained.lora_modules must name layers whose weights are used in no other place, "
+            f"got {shared[0]}. Leave it out."
+        )
+        raise ValueError(msg)
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:

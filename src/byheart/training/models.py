@@ -94,6 +94,9 @@ def model_identity(run: RunConfig, vocab_size: int) -> dict[str, Any]:
     del description["path"]
     # bit for bit the same gradients
     del description["gradient_checkpointing"]
+    if run.pretrained.trains != "lora":
+        for name in ("lora_rank", "lora_alpha", "lora_modules"):
+            del description[name]
     config = _config(run.pretrained)
     known = config.get_text_config().vocab_size
     if vocab_size > known:

@@ -222,6 +222,16 @@ class ResumableTrainer(Trainer, ABC):  # type: ignore[misc]
         for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
             saved = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
             part.load_state_dict(saved)
+        # the rate of the next step, if the length of the schedule is another one now
+        schedule = self.lr_scheduler
+        rates = [
+            base * share(schedule.last_epoch)
+            for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        # what is logged
+        schedule._last_lr = rates
 
     def _should_stop(self) -> bool:
         received = self._stop.received is not None

@@ -239,7 +239,7 @@ def _identity(run: TaskRunConfig, tokenizer: TaskTokenizer, num_processes: int) 
 def _check_steps(run: TaskRunConfig, out: Path, checkpoint: Checkpoint) -> None:
     curriculum = load_curriculum(checkpoint, run.curriculum)
     for name, least in (
-        ("stage_steps", curriculum.longest_stage),
+        ("stage_steps", curriculum.longest_stage(checkpoint.step)),
         ("continue_steps", curriculum.num_continued(checkpoint.step)),
     ):
         wanted = getattr(run.curriculum, name)
