@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.nn import functional
-from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from byheart.adapters.unmasked import without_needless_masks
@@ -35,8 +34,13 @@ def test_windows_without_padding_are_read_without_a_mask(tiny_model, masks, monk
     model = tiny_model(name, attn_implementation="sdpa", **settings).eval()
     expected = read(model)
     masks.clear()
-    # as it is while a CUDA graph is recorded
-    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)
+    # as it is in transformers 5.17 while a CUDA graph is recorded
+    make = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    never = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", lambda **it: make(**(it | never)))
+    read(model)
+    assert all(mask is not None for mask in masks)
+    masks.clear()
     with without_needless_masks():
         found = read(model)
     assert masks

@@ -69,6 +69,8 @@ def test_layers_are_chosen_and_what_is_learned_is_scaled(run, llama, tmp_path):
     run = with_lora(run, lora_modules=("o_proj", "up_proj"), lora_alpha=1)
     loaded = load_attached(None, train(run, tmp_path / "run").model_dir)
     assert changed(loaded.detach(), llama) == {"o_proj", "up_proj"}
+    layers = [layer for layer in make_model(run, 256).modules() if hasattr(layer, "scaling")]
+    assert {layer.scaling["default"] for layer in layers if hasattr(layer, "lora_A")} == {1 / 2}
 
 
 def test_checkpoints_hold_what_learns_and_resuming_repeats_the_run(run, tmp_path):
@@ -94,7 +96,10 @@ def test_a_finished_run_is_merged_again(run, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_merged_it_says_what_it_said_before(run):
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merged_it_says_what_it_said_before(family, run, tmp_path):
+    if family == "gpt2":
+        run = around_gpt2(run, tmp_path)
     model = make_model(run, 256).eval()
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -116,12 +121,25 @@ def test_weights_of_another_model_are_refused(run, tmp_path):
         train(other, tmp_path / "run", resume=True)
 
 
-def test_gpt2_has_its_matrices_the_other_way_round(run, tmp_path):
+def around_gpt2(run, tmp_path):
+    """GPT-2 has its matrices the other way round."""
     config = GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=256)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     memory = replace(run.pretrained.memory, xl_cache_length=0)
-    run = with_lora(run, path=str(tmp_path / "gpt2"), memory=memory)
-    assert train(run, tmp_path / "run").steps == 6
+    return with_lora(run, path=str(tmp_path / "gpt2"), memory=memory)
+
+
+def test_gpt2_learns_with_lora(run, tmp_path):
+    assert train(around_gpt2(run, tmp_path), tmp_path / "run").steps == 6
+
+
+def test_a_model_that_has_an_adapter_already_is_refused(run, llama, tmp_path):
+    adapted = peft.get_peft_model(
+        LlamaForCausalLM.from_pretrained(llama), peft.LoraConfig(target_modules=["q_proj"])
+    )
+    adapted.save_pretrained(llama)
+    with pytest.raises(CheckpointError, match=r"must have no adapter of PEFT, got one, such as"):
+        train(run, tmp_path / "run")
 
 
 def test_layers_that_are_not_there_are_refused_before_a_run_is_overwritten(run, tmp_path):

@@ -38,11 +38,22 @@ def make_model(run: RunConfig, vocab_size: int) -> TrainableModel:
 
     Returns:
         The model.
+
+    Raises:
+        CheckpointError: If a pretrained model has layers of PEFT.
     """
     if run.pretrained is None:
         assert run.model is not None
         return Decoder(run.model.resolve(vocab_size))
-    model = MemoryModel(_transformer(run.pretrained), run.pretrained.memory)
+    transformer = _transformer(run.pretrained)
+    name = first_adapter(transformer)
+    if name is not None:
+        msg = (
+            f"The model in {run.pretrained.path} must have no adapter of PEFT, got one, such as "
+            f"{name}. Merge it with merge_and_unload() and save the model without it."
+        )
+        raise CheckpointError(msg)
+    model = MemoryModel(transformer, run.pretrained.memory)
     if run.pretrained.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if run.pretrained.trains == "lora":
