@@ -222,8 +222,14 @@ class ResumableTrainer(Trainer, ABC):  # type: ignore[misc]
         for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
             saved = torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
             part.load_state_dict(saved)
-        # the rate of the next step, if the length of the schedule is another one now
+        # the length of the schedule may be another one now
+        self._renew_rate()
+
+    def _renew_rate(self) -> None:
+        """Let a change of the schedule hold from the next step on."""
         schedule = self.lr_scheduler
+        assert self.optimizer is not None
+        assert schedule is not None
         rates = [
             base * share(schedule.last_epoch)
             for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)

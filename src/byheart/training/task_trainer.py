@@ -219,6 +219,8 @@ class TaskTrainer(ResumableTrainer):
         accuracy = total / samples
         before, lesson = len(self.curriculum.reached), self.curriculum.lesson
         self.curriculum = self.curriculum.record(self.state.global_step, accuracy)
+        # the rate was set before, and a run resumed from here sets it by the new curriculum
+        self._renew_rate()
         is_reached = len(self.curriculum.reached) > before and not lesson
         if self.run.curriculum.keep_stages and is_reached:
             self._keep_stage(num_segments)
