@@ -148,6 +148,32 @@ def test_padding_changes_no_loss_and_no_gradient(side, tiny_model, wrap, draw):
     close(mine, {name: weight.grad for name, weight in memory_model.named_parameters()})
 
 
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("depth", [1, 2, 3, None])
+@pytest.mark.parametrize("alignment", ["left", "right", "center"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_ragged_batch_has_the_gradients_of_its_rows(
+    name, alignment, depth, replay, tiny_model, wrap, draw
+):
+    # with "right" short rows join late: their first memory lies within the depth and learns
+    is_classifier = name == "bert"
+    settings = {"alignment": alignment, "bptt_depth": depth, "replay": replay}
+    memory_model = wrap(tiny_model(name), **settings, **(BERT_LAYOUT if is_classifier else {}))
+    rows = [draw(1, length, seed=length)[0] for length in LENGTHS]
+    ids, mask = padded(rows, "right")
+    labels = torch.arange(len(rows)) if is_classifier else ids
+    memory_model(ids, attention_mask=mask, labels=labels).loss.backward()
+    mine = {key: weight.grad.clone() for key, weight in memory_model.named_parameters()}
+    memory_model.zero_grad()
+    counts = [1 if is_classifier else len(row) - 1 for row in rows]
+    for index, row in enumerate(rows):
+        if counts[index]:
+            alone = labels[index][None] if is_classifier else row[None]
+            loss = memory_model(row[None], labels=alone, num_items_in_batch=sum(counts)).loss
+            loss.backward()
+    close(mine, {key: weight.grad for key, weight in memory_model.named_parameters()})
+
+
 @torch.no_grad()
 def test_a_row_of_padding_keeps_its_memory(tiny_model, wrap, draw):
     memory_model = wrap(tiny_model("llama"))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from byheart.models.recurrent import Encoded, RecurrentCore, Segment
+from byheart.models.recurrent import RecurrentCore
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.models.window import build_window
+from byheart.models.window_model import Encoded, Segment
 
 close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
 WIDTH, TEXT, MEMORY, ROWS = 13, 5, 3, 2

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from byheart.memory.config import KnnMemoryConfig
-from byheart.models.recurrent import RecurrentCore, Segment
+from byheart.models.recurrent import RecurrentCore
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.models.segment_reader import SegmentReader, inner_layout, require_decoder_fits
 from byheart.models.text_output import TextRequest
 from byheart.models.window import build_window
+from byheart.models.window_model import Segment
 from byheart.testing.tiny import random_tokens, tiny_config, tiny_decoder
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.adapters.window_models import HuggingFaceReader
 from byheart.models.eval_mode import eval_mode
-from byheart.models.recurrent import Encoded, Segment
 from byheart.models.segmentation import plan_steps
 from byheart.models.window import Window
+from byheart.models.window_model import Encoded, Segment
 
 
 class SegmentAttention(NamedTuple):

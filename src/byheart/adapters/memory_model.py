@@ -23,6 +23,7 @@ from byheart.adapters.tied import keep_tied_weights_once
 from byheart.adapters.window_models import read_causal
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.state import MemoryState, NewEntries
+from byheart.models.arguments import require_arguments
 from byheart.models.fingerprint import weight_sums
 from byheart.models.segment_model import SegmentModel, WindowRead, layer_metrics
 from byheart.models.text_output import TextRequest
@@ -195,11 +196,12 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
 
     activation_checkpointing_enable = gradient_checkpointing_enable
 
-    def generate(self, input_ids: Int[Tensor, "batch tokens"], **options: Any) -> Any:
+    def generate(self, *prompts: Any, **options: Any) -> Any:
         """Continue prompts as transformers' `generate` does, with the memory in sight.
 
         Args:
-            input_ids: Prompts of any length, or what follows that which `state` has read.
+            prompts: `input_ids` of any length, or what follows that which `state` has read; then,
+                if you like, a `GenerationConfig`.
             options: `attention_mask`, `state`, and what transformers' `generate` takes, such as
                 `max_new_tokens`, `do_sample`, `num_beams`, `num_return_sequences`.
 
@@ -208,7 +210,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         """
         from byheart.adapters.memory_generate import generate_with_memory
 
-        return generate_with_memory(self, input_ids, **options)
+        return generate_with_memory(self, *prompts, **options)
 
     def save_pretrained(
         self,
@@ -320,6 +322,10 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
             ValueError: If a row crosses the end of its segment or the model's last position, the
                 arguments do not fit together, or the memory was taken off.
         """
+        require_arguments(
+            input_ids, len(self.input_embedding().weight), self.vocab_size, num_tokens=num_tokens,
+            document_start=document_start, labels=labels, targets=targets,
+        )  # fmt: skip
         rows = RowTokens.of(input_ids, attention_mask, num_tokens)
         reading = MemoryPass.of(self, rows, state, document_start)
         logits = self.model(input_ids=input_ids, use_cache=False, **reading.arguments).logits

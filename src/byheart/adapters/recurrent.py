@@ -21,13 +21,15 @@ from byheart.adapters.heads import EncoderHead, Head, make_head
 from byheart.adapters.recurrent_checks import require_fits
 from byheart.adapters.tied import keep_tied_weights_once
 from byheart.memory.recurrent import NewMemory, RecurrentLayout, RecurrentState
+from byheart.models.arguments import require_state_type, require_words
 from byheart.models.fingerprint import model_fingerprint
-from byheart.models.recurrent import RecurrentCore, Segment
+from byheart.models.recurrent import RecurrentCore
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.models.recurrent_text import RowText, gather_text, new_memory, require_token_ids
 from byheart.models.segment_model import SegmentModel
 from byheart.models.segment_reader import SegmentReader, inner_layout, require_room
 from byheart.models.segmentation import Step, plan_steps
+from byheart.models.window_model import Segment
 
 if TYPE_CHECKING:
     from byheart.adapters.recurrent_reading import DocumentRead, DocumentTokens
@@ -193,6 +195,11 @@ class RecurrentMemory(nn.Module):
         Raises:
             ValueError: If an argument does not fit the model or the others.
         """
+        if self.kind != "encoder":
+            for name, ids in (("labels", labels), ("targets", targets)):
+                if ids is not None:
+                    words = len(input_embedding(self.model).weight)
+                    require_words(name, ids, words, may_ignore=True)
 
         def head(text: RowText) -> Head:
             return make_head(
@@ -315,6 +322,7 @@ class RecurrentMemory(nn.Module):
         require_token_ids(input_ids)
         if state is None:
             state = self.new_state(len(input_ids))
+        require_state_type(state, RecurrentState)
         self.layout.require_same(state.layout, "The memory state")
         if document_start is None:
             document_start = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -388,13 +396,4 @@ class RecurrentMemory(nn.Module):
                 "state.select_rows."
             )
             raise ValueError(msg)
-        vocab_size = len(input_embedding(self.model).weight)
-        # on a GPU the embedding itself refuses; asking here would wait for it
-        if input_ids.device.type == "cpu" and input_ids.numel():
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= vocab_size:
-                msg = (
-                    f"input_ids must be between 0 and {vocab_size - 1}, got {low} to {high}. Use "
-                    "the tokenizer that belongs to the model."
-                )
-                raise ValueError(msg)
+        require_words("input_ids", input_ids, len(input_embedding(self.model).weight))

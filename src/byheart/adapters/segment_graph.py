@@ -14,7 +14,7 @@ from byheart.adapters.families import window_model
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.adapters.unmasked import without_needless_masks
 from byheart.models.eval_mode import eval_mode
-from byheart.models.recurrent import Segment
+from byheart.models.window_model import Segment
 
 __all__ = ["SegmentGraph", "SegmentGraphs", "can_capture", "capture"]
 

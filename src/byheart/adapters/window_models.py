@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from byheart.models.recurrent import Encoded
 from byheart.models.text_output import TextOutput, TextRequest
 from byheart.models.window import Window
+from byheart.models.window_model import Encoded
 
 
 class HuggingFaceReader:

@@ -180,10 +180,10 @@ class RecurrentState:
         Raises:
             ValueError: If the mask is not about the rows of the state.
         """
-        if row_mask.shape != self.position.shape:
+        if row_mask.shape != self.position.shape or row_mask.dtype != torch.bool:
             msg = (
-                f"document_start must have one entry per row, {list(self.position.shape)}, got "
-                f"{list(row_mask.shape)}."
+                f"document_start must have one boolean per row, {list(self.position.shape)}, got "
+                f"{list(row_mask.shape)} of {row_mask.dtype}."
             )
             raise ValueError(msg)
         return replace(

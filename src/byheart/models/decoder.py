@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.state import MemoryState, NewEntries
 from byheart.memory.store import KeyValues, MemoryStore
+from byheart.models.arguments import require_arguments
 from byheart.models.attention import Attention
 from byheart.models.config import DecoderConfig
 from byheart.models.init import initialize
@@ -144,6 +145,10 @@ class Decoder(SegmentModel):
                 the batch sizes differ. Where values are not known, the device checks them, see
                 `byheart.ops.known`.
         """
+        require_arguments(
+            input_ids, self.vocab_size, document_start=document_start, num_tokens=num_tokens,
+            targets=targets,
+        )  # fmt: skip
         hidden, new_entries = self.read_embeddings(
             self.embedding(input_ids),
             state=state,

@@ -1,83 +1,17 @@
 """Recurrent memory around any model: one functional step, and its unrolling over segments."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.models.replay import replayed
 from byheart.models.window import Window, build_window
-
-
-class Encoded(NamedTuple):
-    """What a model makes of a window."""
-
-    hidden: Float[Tensor, "rows window embed_dim"]
-    """Last hidden states, from which the memory is read."""
-    output: Any
-    """What was requested of the segment: a tensor, or a named tuple of tensors and `None`; `None`
-    for nothing."""
-    reader: "WindowModel | None" = None
-    """What reads the next segment; `None` for the same."""
-
-
-@runtime_checkable
-class WindowModel(Protocol):
-    """A model that recurrent memory can be put around.
-
-    It is a value: a call changes nothing of it. What a model remembers besides the memory is in
-    the reader that a call returns for the next segment, and carries no gradient. Every row is
-    treated alone.
-    """
-
-    embed_dim: int
-    """Width of its input embeddings and last hidden states."""
-    embedding: nn.Module
-    """Its input embedding: token ids to vectors."""
-    writes: bool
-    """Whether memory is written behind the text (decoders), or in the places it is read."""
-    has_memory: bool
-    """Whether it reads a memory of its own, which a commit uses up."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Return the model's parameters, for replay."""
-        ...
-
-    def __call__(self, window: Window, request: Any) -> Encoded:
-        """Read a window.
-
-        Args:
-            window: Embeddings and mask.
-            request: What is wanted of the segment, in this model's own terms; `None` for the
-                memory alone.
-
-        Returns:
-            Hidden states and the requested output.
-        """
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Segment:
-    """One step: the next segment of all rows that have one."""
-
-    input_ids: Int[Tensor, "rows text"]
-    """Text of those rows."""
-    num_tokens: Int[Tensor, " rows"] | None
-    """Text tokens of each, the first so many columns; `None` for all."""
-    rows: Int[Tensor, " rows"] | None
-    """Which rows of the batch; `None` for all, in order."""
-    writes_memory: Tensor | None
-    """Rows (bool, of those above) whose segment is complete; `None` for all. The others read
-    memory, and leave it as it was."""
-    request: Any
-    """What is wanted of the segment, see `WindowModel`; `None` for the memory alone."""
-    has_loss: bool
-    """Whether a gradient starts here."""
+from byheart.models.window_model import Segment, WindowModel
 
 
 class Stepped(NamedTuple):
@@ -268,16 +202,20 @@ class RecurrentCore(nn.Module):
         if depth is None or depth >= len(segments) or not torch.is_grad_enabled() or not losses:
             return self._run(model, segments, memory, is_whole=True)
         reads: list[_Read | None] = [None] * len(segments)
+        first, late = memory, torch.ones(len(memory), dtype=torch.bool, device=memory.device)
         position = 0  # `memory` and `model` are those before this segment, `ahead` those after it
         ahead: _Run | None = None
         for index in losses:
             start = max(0, index + 1 - depth)
+            late = _without_rows(late, segments[position:start])
             if start > position and ahead is not None:
                 position, memory, model = position + 1, ahead.memory.detach(), ahead.reader
             with torch.no_grad():
                 skipped = _without_requests(segments[position:start], reads[position:start])
                 before, memory, model = self._run(model, skipped, memory)
             _fill(reads, before, position)
+            # the first memory of rows that begin later is inside of the limit, and learns
+            memory = torch.where(late[:, None, None], first, memory)
             position = start
             window = [
                 replace(segment, request=None) if segment.has_loss and place != index else segment
@@ -342,6 +280,18 @@ class RecurrentCore(nn.Module):
             after = memory.index_copy(0, segment.rows, after)
         share = None if stepped.opened is None else stepped.opened.mean(dim=1)
         return after, _Read(stepped.output, share), stepped.reader
+
+
+def _without_rows(rows: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Take the rows of segments out of a mask of rows.
+
+    Returns:
+        The mask that is left.
+    """
+    for segment in segments:
+        read = segment.rows
+        rows = torch.zeros_like(rows) if read is None else rows.index_fill(0, read, value=False)
+    return rows
 
 
 def _without_requests(segments: Sequence[Segment], known: Sequence[_Read | None]) -> list[Segment]:

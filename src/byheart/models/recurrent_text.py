@@ -75,8 +75,12 @@ def require_token_ids(input_ids: Tensor) -> None:
     """Refuse what is no batch of token ids.
 
     Raises:
+        TypeError: If it is no tensor.
         ValueError: If the shape is not `[batch, tokens]`, or the numbers are not whole.
     """
+    if not isinstance(input_ids, Tensor):
+        msg = f"input_ids must be a tensor, got {type(input_ids).__name__}."
+        raise TypeError(msg)
     if input_ids.ndim != 2 or input_ids.dtype.is_floating_point:
         msg = (
             f"input_ids must be whole numbers of the shape [batch, tokens], got "

@@ -13,6 +13,7 @@ from byheart.memory.layout import MemoryLayout
 from byheart.memory.persistence import load_state, save_state
 from byheart.memory.state import MemoryState, NewEntries
 from byheart.memory.stores import MakeStore
+from byheart.models.arguments import require_state_type
 from byheart.models.fingerprint import model_fingerprint
 from byheart.models.text_output import TextOutput, TextRequest
 from byheart.models.window import Window
@@ -204,6 +205,7 @@ class SegmentModel(nn.Module, ABC):
             MemoryStateError: If it is used up or was made for another model.
             ValueError: If it has other rows or is on another device.
         """
+        require_state_type(state, MemoryState)
         state.require_current()
         self.memory_layout.require_same(state.layout, "The memory state")
         if state.batch_size != batch_size:

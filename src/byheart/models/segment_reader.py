@@ -9,12 +9,12 @@ from torch import nn
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.state import MemoryState, NewEntries
 from byheart.models.config import DecoderConfig
-from byheart.models.recurrent import Encoded
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.models.segment_model import SegmentModel
 from byheart.models.segmentation import Step
 from byheart.models.text_output import TextRequest
 from byheart.models.window import Window
+from byheart.models.window_model import Encoded
 
 
 class SegmentReader:

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from byheart.memory.state import MemoryState
+from byheart.models.arguments import require_arguments
 from byheart.models.decoder import require_columns
 from byheart.models.segment_model import SegmentModel
 from byheart.ops import known
@@ -55,6 +56,8 @@ def read_tokens(
         ValueError: If a document would be longer than the model can tell apart; nothing is read
             then. Of a single column on a device, the device checks it.
     """
+    words = len(model.input_embedding().weight)
+    require_arguments(input_ids, words, document_start=document_start, num_tokens=num_tokens)
     batch, width = input_ids.shape
     device = input_ids.device
     left = num_tokens if num_tokens is not None else torch.full((batch,), width, device=device)
