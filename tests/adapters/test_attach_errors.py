@@ -1,5 +1,7 @@
 """What cannot have a memory, or not this one, is refused before anything is changed."""
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -31,9 +33,17 @@ def knn(layers=(1,), **changes):
         ("llama", {"knn": knn((0, 0))}, r"name each layer once, got \(0, 0\), which are \(0, 0\)"),
         ("llama", {"knn": knn(), "layers": ("model.layers.0",)}, r"such as 'model.layers.1.self_"),
         ("llama", {"knn": knn(), "segment_length": 60, "xl_cache_length": 5}, "64 positions"),
-        ("llama", {"knn": knn(), "segment_length": 0}, "segment_length must be at least 1"),
-        ("llama", {"knn": knn(), "xl_cache_length": -1}, "xl_cache_length must be 0"),
+        ("llama", {"knn": knn(), "segment_length": 0}, "segment_length must be a whole number"),
+        ("llama", {"knn": knn(), "xl_cache_length": -1}, "xl_cache_length must be .* least 0, got"),
         ("llama", {"knn": knn(), "scale_init": 0.0}, "scale_init must be above 0"),
+        ("llama", {"knn": knn(), "scale_init": math.inf}, "scale_init must be above 0, got inf"),
+        ("llama", {"knn": knn(), "gate_init": math.nan}, "gate_init must be a number, got nan"),
+        ("llama", {"gate": "linear"}, "gate has no effect without a kNN memory. Pass knn"),
+        ("llama", {"memory_position": "local"}, "memory_position has no effect without"),
+        ("llama", {"normalize_qk": True}, "normalize_qk has no effect without"),
+        ("llama", {"scale_init": 3.0}, "scale_init has no effect without"),
+        ("llama", {"knn": knn(combine="joint"), "gate": "sigmoid"}, "gate has no effect with comb"),
+        ("llama", {"knn": knn(), "layers": "model.layers.1.self_attn"}, "must be a list of names"),
         ("gpt2", {"knn": knn(), "memory_position": "local"}, "rotary positions, which gpt2"),
         ("gemma2", {"knn": knn(combine="joint")}, "gemma2 caps them or adds sinks"),
         ("bloom", {"knn": knn()}, "BloomAttention of bloom does not do so"),
@@ -48,6 +58,29 @@ def test_what_does_not_fit_is_refused(name, options, message, tiny_model):
         attach(model, **{"segment_length": SEGMENT, **options})
     assert list(model.state_dict()) == before
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+def test_queries_or_keys_that_grow_along_the_document_are_refused(name, dtype, tiny_model):
+    # positions begin at 0 again in every segment, so the scale would be that of another place
+    model = tiny_model("llama", max_position_embeddings=4096).to(dtype)
+    places = []
+
+    def see_places(_, args, kwargs):
+        given = kwargs.get("position_ids")
+        count = kwargs["input_ids"].shape[1]
+        places[:] = [torch.arange(count)[None] if given is None else given]
+
+    def grow(_, args, output):
+        return output * (1 + (places[0] + 1) / 2048).pow(0.1)[..., None].to(output.dtype)
+
+    model.register_forward_pre_hook(see_places, with_kwargs=True)
+    attach(model, knn=knn(), segment_length=SEGMENT).detach()
+    getattr(model.model.layers[1].self_attn, name).register_forward_hook(grow)
+    with pytest.raises(ValueError, match="llama scales its queries or keys by their place"):
+        attach(model, knn=knn(), segment_length=SEGMENT)
+    assert not any(module._forward_pre_hooks for module in model.model.modules())
 
 
 def test_latent_attention_is_refused():
@@ -258,6 +291,16 @@ def test_joint_softmax_and_dropout_are_refused(tiny_model, draw):
             {"generation_config": GenerationConfig(max_new_tokens=3, repetition_penalty=2.0)},
             "repetition_penalty looks at the whole prompt",
         ),
+        ({"max_new_tokens": 3, "guidance_scale": 1.5}, "guidance_scale looks at the whole prompt"),
+        ({"max_new_tokens": 3, "bad_words_ids": [[3, 4]]}, "bad_words_ids looks at the whole"),
+        ({"max_new_tokens": 3, "sequence_bias": {(3, 4): 1.0}}, "sequence_bias looks at the"),
+        ({"max_new_tokens": 3, "forced_bos_token_id": 3}, "forced_bos_token_id looks at the"),
+        ({"max_new_tokens": 3, "token_healing": True}, "token_healing looks at the whole prompt"),
+        *(
+            ({"max_new_tokens": 3, name: torch.zeros(1, 21).long()}, f"{name} must be left out")
+            for name in ("inputs_embeds", "position_ids", "past_key_values", "negative_prompt_ids")
+        ),
+        ({"max_new_tokens": 3, "inputs": torch.zeros(1, 21).long()}, "or inputs, but not both"),
         ({"max_new_tokens": 3, "bogus": 1}, "bogus"),
         ({"max_new_tokens": 90}, "must fit into the 64 positions of gpt2, got up to 92"),
     ],
@@ -278,6 +321,7 @@ def test_options_of_generate_that_do_not_fit_leave_the_state(options, message, t
         ("encoder_repetition_penalty", 5.0, 1.0),
         ("no_repeat_ngram_size", 2, 0),
         ("min_length", 30, 0),
+        ("guidance_scale", 1.5, 1.0),
     ],
 )
 def test_whole_prompt_options_of_the_model_are_refused(name, value, harmless, tiny_model, draw):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from byheart import KnnMemoryConfig, generate, read_tokens
 from byheart.adapters.attach import attach
@@ -98,6 +99,20 @@ def test_beams_and_caches(name, options, tiny_model, draw):
         assert torch.equal(made[copies * row : copies * (row + 1)], alone)
     if "num_beams" not in options:
         assert torch.equal(made, memory_model.generate(ids, **OPTIONS))
+
+
+def test_it_is_called_as_transformers_own(tiny_model, draw):
+    memory_model, ids = opened(tiny_model("llama")), draw(2, 17)
+    expected = memory_model.generate(ids, **OPTIONS)
+    config = GenerationConfig(**OPTIONS)
+    for found in (
+        memory_model.generate(inputs=ids, **OPTIONS),
+        memory_model.generate(input_ids=ids, generation_config=config),
+        memory_model.generate(ids, config),
+    ):
+        assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="Pass the prompts as input_ids"):
+        memory_model.generate(**OPTIONS)
 
 
 def test_samples_of_a_row_read_its_memory(tiny_model, draw):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import transformers
 
 from byheart import KnnMemoryConfig
 from byheart.adapters import doctor
@@ -42,6 +43,41 @@ def test_it_looks_at_a_layer_of_each_kind(tiny_model, tmp_path):
     tiny_model("smollm3", num_hidden_layers=5, no_rope_layers=None).config.save_pretrained(tmp_path)
     found = diagnose(tmp_path, AttachConfig(knn=KNN, segment_length=7))
     assert found.rotations == ("whole", "whole", "whole", "none")
+
+
+_SMALL = {
+    "vocab_size": 43, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("Cwm", {"num_key_value_heads": 2, "bos_token_id": 1}), ("ModernBertDecoder", {})],
+)
+def test_families_that_need_all_special_tokens_are_tried(name, changes, tmp_path):
+    config = getattr(transformers, f"{name}Config")(
+        **_SMALL, pad_token_id=0, eos_token_id=2, **changes
+    )
+    config.save_pretrained(tmp_path)
+    found = diagnose(tmp_path, AttachConfig(knn=KNN, segment_length=7))
+    assert found.reason is None
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    assert found.layers == attach(model, knn=KNN, segment_length=7).layers.names
+
+
+def test_what_fails_in_the_trial_is_an_answer(tiny_model, tmp_path, monkeypatch):
+    tiny_model("llama").config.save_pretrained(tmp_path)
+
+    def fail(_):
+        raise AttributeError("property 'layer_types' of 'Odd' object has no setter")
+
+    monkeypatch.setattr(doctor, "_trial_model", fail)
+    found = diagnose(tmp_path, AttachConfig(knn=KNN, segment_length=7))
+    assert found.reason == (
+        "llama failed in a trial of its first layers: property 'layer_types' of 'Odd' object has "
+        "no setter. Use another model."
+    )
 
 
 @pytest.mark.parametrize(

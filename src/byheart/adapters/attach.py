@@ -43,6 +43,9 @@ def attach(
         msg = "layers are for a kNN memory, got knn=None. Pass knn, or leave layers out."
         raise ValueError(msg)
     if layers is not None and knn is not None:
+        if isinstance(layers, str):
+            msg = f"layers must be a list of names, got {layers!r}. Write layers=[{layers!r}]."
+            raise ValueError(msg)
         names = [name for name, _ in find_attentions(model)]
         unknown = [name for name in layers if name not in names]
         if unknown:

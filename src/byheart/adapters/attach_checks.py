@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.attention_hook import PLAIN, hook_of
 from byheart.adapters.attention_layers import AttentionLayers, find_attentions
-from byheart.adapters.families import max_positions
+from byheart.adapters.families import max_positions, rotation_limit
 from byheart.models.eval_mode import eval_mode
 
 # tokens of the trial of the law of pieces, and what rounding may do to it, in bfloat16, too
@@ -83,27 +83,6 @@ def _require_reach(model: PreTrainedModel, config: AttachConfig) -> None:
             f"segment_length to at most {reach - behind}."
         )
         raise ValueError(msg)
-
-
-def rotation_limit(model: PreTrainedModel) -> int | None:
-    """Return the length beyond which a text changes the angles of all its tokens.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Tokens; `None` if angles depend on positions alone.
-    """
-    config = model.config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    limits = []
-    for rope in nested or [parameters]:
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            names = "original_max_position_embeddings", "max_position_embeddings"
-            known = [rope.get(names[0]), *(getattr(config, name, None) for name in names)]
-            limits.append(next(int(limit) for limit in known if limit))
-    return min(limits, default=None)
 
 
 def require_fits(model: PreTrainedModel, config: AttachConfig, layers: AttentionLayers) -> None:

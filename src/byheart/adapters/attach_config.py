@@ -1,6 +1,7 @@
 """How memory is put on a pretrained decoder."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from byheart.choices import require_choices
@@ -40,15 +41,41 @@ class AttachConfig:
 
     def __post_init__(self) -> None:
         require_choices(self)
-        if self.xl_cache_length < 0:
-            msg = f"xl_cache_length must be 0 (none) or more, got {self.xl_cache_length}."
-            raise ValueError(msg)
-        if self.segment_length < 1:
-            msg = f"segment_length must be at least 1, got {self.segment_length}."
-            raise ValueError(msg)
-        if self.scale_init is not None and not self.scale_init > 0:
+        if not (self.knn is None or isinstance(self.knn, KnnMemoryConfig)):
+            msg = f"knn must be a KnnMemoryConfig or None, got {type(self.knn).__name__}."
+            raise TypeError(msg)
+        for name, least in (("xl_cache_length", 0), ("segment_length", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                msg = f"{name} must be a whole number of at least {least}, got {value}."
+                raise ValueError(msg)
+        if self.scale_init is not None and not 0 < self.scale_init < math.inf:
             msg = f"scale_init must be above 0, got {self.scale_init}. None takes the model's."
             raise ValueError(msg)
+        if not math.isfinite(self.gate_init):
+            msg = f"gate_init must be a number, got {self.gate_init}."
+            raise ValueError(msg)
+        self._require_effect()
+
+    def _require_effect(self) -> None:
+        """Refuse what would be ignored.
+
+        Raises:
+            ValueError: If an option changes nothing.
+        """
+        if self.knn is None:
+            ignored = ("memory_position", "gate", "gate_init", "normalize_qk", "scale_init")
+            why = "without a kNN memory. Pass knn"
+        elif self.knn.combine == "joint":
+            ignored = ("gate",)
+            why = "with combine='joint', which has none. Use another"
+        else:
+            return
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ignored:
+            if getattr(self, name) != defaults[name]:
+                msg = f"{name} has no effect {why}, or leave it out; got {getattr(self, name)!r}."
+                raise ValueError(msg)
 
     def resolve(self, num_layers: int) -> "AttachConfig":
         """Count the layers of the memory from the first.

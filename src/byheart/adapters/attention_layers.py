@@ -21,12 +21,17 @@ from byheart.adapters.attention_hook import (
     own_implementation,
     uninstall,
 )
-from byheart.adapters.families import attention_reach, model_kind
+from byheart.adapters.families import attention_reach, max_positions, model_kind, rotation_limit
 from byheart.adapters.rotation import RotarySource, find_rotation, without_rotation
 from byheart.models.eval_mode import eval_mode
 
-# tokens of the trial that shows how a model attends
+# tokens of the trial that shows how a model attends, and how far it is moved to show whether only
+# their distances matter
 _TRIAL_TOKENS = 5
+_TRIAL_SHIFT = 2048
+# what rounding of the angles does to the length of queries that far out; bfloat16 has 8 bits
+_LENGTH_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
+_COARSE_LENGTH = 3e-2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -200,6 +205,8 @@ def _examine(model: PreTrainedModel, found: list[tuple[str, nn.Module]]) -> Atte
     if not has_rotation and getattr(model.config.get_text_config(), "rope_parameters", None):
         msg = f"{family} rotates its keys where it cannot be seen. Use another model."
         raise ValueError(msg)
+    if has_rotation:
+        _require_same_lengths(model, found, trial)
     num_heads, num_kv_heads, head_dim = next(iter(shapes))
     return AttentionLayers(
         modules=tuple(module for _, module in found),
@@ -216,10 +223,42 @@ def _examine(model: PreTrainedModel, found: list[tuple[str, nn.Module]]) -> Atte
     )
 
 
+def _require_same_lengths(
+    model: PreTrainedModel, found: list[tuple[str, nn.Module]], trial: _Trial
+) -> None:
+    """Refuse a model that rotates, and scales by the place in the document besides.
+
+    Places are counted anew in each segment, which only distances survive.
+
+    Raises:
+        ValueError: If queries or keys are longer at places further out.
+    """
+    limits = (max_positions(model), rotation_limit(model))
+    last = min(limit for limit in (*limits, _TRIAL_SHIFT + _TRIAL_TOKENS) if limit is not None)
+    first = max(0, last - _TRIAL_TOKENS)
+    moved, _ = _run_trial(model, found, first)
+    for index in range(len(found)):
+        calls = trial.calls[index], moved.calls[index]
+        tolerance = _LENGTH_TOLERANCE.get(calls[0].query.dtype, _COARSE_LENGTH)
+        for name in ("query", "key"):
+            here, there = (getattr(call, name).float().norm(dim=-1) for call in calls)
+            if not bool(((here - there).abs() <= tolerance * here.max()).all()):
+                msg = (
+                    f"{model.config.model_type} scales its queries or keys by their place in the "
+                    "document, and in every segment places begin at 0 again. Use another model."
+                )
+                raise ValueError(msg)
+
+
 def _run_trial(
-    model: PreTrainedModel, found: list[tuple[str, nn.Module]]
+    model: PreTrainedModel, found: list[tuple[str, nn.Module]], first: int = 0
 ) -> tuple[_Trial, dict[int, RotarySource]]:
     """Run the model once and look on.
+
+    Args:
+        model: The model.
+        found: Its attention modules.
+        first: Position of the first token.
 
     Returns:
         What was seen, and the sources of angles by the identity of their cosines.
@@ -256,7 +295,10 @@ def _run_trial(
         stack.enter_context(torch.no_grad())
         ids = torch.arange(1, 1 + _TRIAL_TOKENS, device=device)[None]
         ids %= model.get_input_embeddings().weight.shape[0]
-        model(input_ids=ids, use_cache=False, **{VIEW: trial})
+        positions = {
+            "position_ids": torch.arange(first, first + _TRIAL_TOKENS, device=device)[None]
+        }
+        model(input_ids=ids, use_cache=False, **(positions if first else {}), **{VIEW: trial})
     return trial, sources
 
 

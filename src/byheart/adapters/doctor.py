@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from byheart.adapters.attach_checks import require_possible
 from byheart.adapters.attach_config import AttachConfig
 from byheart.adapters.attention_hook import hook_of
 from byheart.adapters.attention_layers import AttentionLayers, find_attentions
 from byheart.adapters.families import max_positions
+from byheart.adapters.loading import load_config_of
 from byheart.adapters.memory_model import MemoryModel
-from byheart.errors import CheckpointError
 from byheart.memory.dense import DenseStore
 from byheart.memory.ring import RingCursor
 
@@ -96,7 +97,7 @@ class Diagnosis:
         return times[0] * num_tokens / 1e6, times[1] * num_tokens / 1e6
 
 
-def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
+def diagnose(source: str | os.PathLike[str] | PreTrainedConfig, config: AttachConfig) -> Diagnosis:
     """Find out whether a model can have a memory.
 
     The model is built without weights to look at its layers, and its first layers are built with
@@ -104,7 +105,7 @@ def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
 
     Args:
         source: Folder with the model's config.json, or its name on the Hugging Face hub, from which
-            nothing but the config is fetched.
+            nothing but the config is fetched; or that config.
         config: The memory.
 
     Returns:
@@ -113,11 +114,7 @@ def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
     Raises:
         CheckpointError: If there is no such config.
     """
-    try:
-        model_config = AutoConfig.from_pretrained(os.fspath(source))
-    except (OSError, ValueError) as error:
-        msg = f"{os.fspath(source)} cannot be read as a Hugging Face model: {error}"
-        raise CheckpointError(msg) from error
+    model_config = source if isinstance(source, PreTrainedConfig) else load_config_of(source)
     family = str(model_config.model_type)
     try:
         with torch.device("meta"):
@@ -132,6 +129,9 @@ def diagnose(source: str | os.PathLike[str], config: AttachConfig) -> Diagnosis:
         model_microseconds = _model_microseconds(trial.model.to(dtype), config.segment_length)
     except ValueError as error:
         return Diagnosis(model_type=family, reason=str(error))
+    except (RuntimeError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
+        msg = f"{family} failed in a trial of its first layers: {error}. Use another model."
+        return Diagnosis(model_type=family, reason=msg)
     layers = () if config.knn is None else config.knn.layers
     first = trial.layers
     width = first.num_kv_heads * first.head_dim
@@ -177,7 +177,8 @@ def _trial_model(model_config: Any) -> MemoryModel:
             config.layer_types = kinds[:count]
     config.num_hidden_layers = count
     config.vocab_size = _TRIAL_VOCABULARY
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    # those of the real vocabulary are not there; not every family knows what to do without
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
     with torch.device("meta"):
         numbers = sum(w.numel() for w in AutoModelForCausalLM.from_config(config).parameters())
     dtype = torch.bfloat16 if numbers > _WIDE_PARAMETERS else torch.float32

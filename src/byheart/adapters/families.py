@@ -137,6 +137,27 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return limit
 
 
+def rotation_limit(model: PreTrainedModel) -> int | None:
+    """Return the length beyond which a text changes the angles of all its tokens.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Tokens; `None` if angles depend on positions alone.
+    """
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    limits = []
+    for rope in nested or [parameters]:
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            names = "original_max_position_embeddings", "max_position_embeddings"
+            known = [rope.get(names[0]), *(getattr(config, name, None) for name in names)]
+            limits.append(next(int(limit) for limit in known if limit))
+    return min(limits, default=None)
+
+
 def whole_window_layers(model: PreTrainedModel, num_positions: int) -> tuple[bool, ...]:
     """Tell which layers see all of a window.
 

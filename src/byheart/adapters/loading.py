@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from byheart.errors import CheckpointError
 
@@ -37,19 +37,35 @@ def load_saved_along(directory: Path, model_type: str, load: Callable[[Path], Mo
     return load(directory)
 
 
-def count_layers(source: str | os.PathLike[str]) -> int | None:
-    """Read from its config how many layers a model has.
+def load_config_of(source: str | os.PathLike[str]) -> PreTrainedConfig:
+    """Read the config of a model, and nothing else of it.
 
     Args:
         source: Folder with the model's config.json, or its name on the Hugging Face hub.
 
     Returns:
-        Their number; `None` if there is no such config, or it does not say.
+        The config.
+
+    Raises:
+        CheckpointError: If there is no such config.
     """
     try:
-        config = AutoConfig.from_pretrained(os.fspath(source))
-    except (OSError, ValueError):
-        return None
+        config: PreTrainedConfig = AutoConfig.from_pretrained(os.fspath(source))
+    except (OSError, ValueError) as error:
+        msg = f"{os.fspath(source)} cannot be read as a Hugging Face model: {error}"
+        raise CheckpointError(msg) from error
+    return config
+
+
+def count_layers(config: PreTrainedConfig) -> int | None:
+    """Read from its config how many layers a model has.
+
+    Args:
+        config: Of the model.
+
+    Returns:
+        Their number; `None` if it does not say.
+    """
     count = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     return count if isinstance(count, int) else None
 

@@ -9,9 +9,8 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
-from byheart.adapters.attach_checks import rotation_limit
 from byheart.adapters.attention_hook import VIEW
-from byheart.adapters.families import max_positions
+from byheart.adapters.families import max_positions, rotation_limit
 from byheart.adapters.memory_context import MemoryContext
 from byheart.adapters.memory_model import MemoryModel
 from byheart.adapters.row_tokens import RowTokens
@@ -26,14 +25,27 @@ _OF_THE_PROMPT: dict[str, tuple[Any, ...]] = {
     "encoder_repetition_penalty": (1.0,),
     "encoder_no_repeat_ngram_size": (0,),
     "prompt_lookup_num_tokens": (),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "forced_bos_token_id": (),
+    "token_healing": (False,),
+    # compares with the prompt left out, but the memory has it
+    "guidance_scale": (1.0,),
 }
+# arguments that name places or tokens besides the prompt, of which part is in memory already
+_BESIDES_THE_PROMPT = (
+    "inputs_embeds", "position_ids", "past_key_values", "cache_position", "decoder_input_ids",
+    "negative_prompt_ids", "negative_prompt_attention_mask", "token_type_ids",
+)  # fmt: skip
 
 
 @torch.no_grad()
 def generate_with_memory(
     memory_model: MemoryModel,
-    input_ids: Int[Tensor, "batch tokens"],
+    input_ids: Int[Tensor, "batch tokens"] | None = None,
+    generation_config: Any = None,
     *,
+    inputs: Int[Tensor, "batch tokens"] | None = None,
     attention_mask: Shaped[Tensor, "batch tokens"] | None = None,
     state: MemoryState | None = None,
     **options: Any,
@@ -47,6 +59,8 @@ def generate_with_memory(
     Args:
         memory_model: The model, in eval mode.
         input_ids: Prompts, or what follows that which `state` has read; at least a token per row.
+        generation_config: Options in the form of transformers' `GenerationConfig`.
+        inputs: What transformers calls `input_ids`; either of both.
         attention_mask: Real tokens, one run in each row; `None` for all.
         state: What the rows have read; it is left as it is. `None` for nothing.
         options: What transformers' `generate` takes: `max_new_tokens`, which must be given,
@@ -58,10 +72,17 @@ def generate_with_memory(
         continuations.
 
     Raises:
-        ValueError: If a prompt is empty, the state has another number of rows, an option needs the
-            whole prompt, the model has not enough positions, or the memory was taken off.
+        ValueError: If a prompt is missing or empty, the state has another number of rows, an option
+            needs the whole prompt, the model has not enough positions, or the memory was taken off.
     """
     memory_model.require_attached()
+    if (input_ids is None) == (inputs is None):
+        msg = "Pass the prompts as input_ids (or inputs, but not both)."
+        raise ValueError(msg)
+    input_ids = inputs if input_ids is None else input_ids
+    assert input_ids is not None
+    if generation_config is not None:
+        options["generation_config"] = generation_config
     _check_options(memory_model.model, options)
     rows = RowTokens.of(input_ids, attention_mask, None)
     if bool((rows.num_tokens == 0).any()):
@@ -105,6 +126,13 @@ def _check_options(model: Any, options: dict[str, Any]) -> None:
     if options.get("max_new_tokens") is None and getattr(config, "max_new_tokens", None) is None:
         msg = "max_new_tokens must be given: lengths that count the prompt have no meaning here."
         raise ValueError(msg)
+    for name in _BESIDES_THE_PROMPT:
+        if options.get(name) is not None:
+            msg = (
+                f"{name} must be left out: the model is given the end of the prompts alone, what "
+                "comes before is in memory. Pass prompts as input_ids."
+            )
+            raise ValueError(msg)
     for name, harmless in _OF_THE_PROMPT.items():
         given = options.get(name, getattr(config, name, None))
         # transformers asks the model's own settings for what is not given

@@ -48,13 +48,14 @@ def doctor(
     # brings transformers, which --help need not wait for
     from byheart.adapters.attach_config import AttachConfig
     from byheart.adapters.doctor import diagnose
-    from byheart.adapters.loading import count_layers
+    from byheart.adapters.loading import count_layers, load_config_of
 
     length = None if tokens is None else parse_size(tokens, "--tokens")
     if length == 0:
         msg = "--tokens must be at least 1, got 0."
         raise typer.BadParameter(msg)
-    depth = count_layers(model)
+    model_config = load_config_of(model)
+    depth = count_layers(model_config)
     default = _DEFAULT_LAYER if depth is None else max(_DEFAULT_LAYER, -depth)
     size = parse_size(memory_size)
     knn = {
@@ -70,7 +71,7 @@ def doctor(
         raise typer.BadParameter(str(error)) from error
     if depth is not None and config.knn is not None:
         _require_layers(config.knn.layers, depth)
-    diagnosis = diagnose(model, config)
+    diagnosis = diagnose(model_config, config)
     if as_json:
         seconds = None if length is None else diagnosis.document_seconds(length)
         document = {"num_tokens": length, "model_and_memory_seconds": seconds}
