@@ -64,10 +64,10 @@ class AttachConfig:
             ValueError: If an option changes nothing.
         """
         if self.knn is None:
-            ignored = ("memory_position", "gate", "gate_init", "normalize_qk", "scale_init")
+            ignored = ["memory_position", "gate", "gate_init", "normalize_qk", "scale_init"]
             why = "without a kNN memory. Pass knn"
         elif self.knn.combine == "joint":
-            ignored = ("gate",)
+            ignored = ["gate"]
             why = "with combine='joint', which has none. Use another"
         else:
             return
