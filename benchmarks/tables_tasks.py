@@ -24,7 +24,10 @@ def task_section(task: str) -> str | None:
             "text, 10 memory tokens, trained on documents of 1 to "
             f"{curriculum['max_segments']} segments{more}; "
             "held-out facts in held-out stories. The report's column is a pretrained BERT with "
-            "segments of 499 tokens, trained on 1 to 7 (Bulatov et al. 2023, Figure 1).",
+            "segments of 499 tokens, trained on 1 to 7 (Bulatov et al. 2023, Figure 1). Memory is "
+            "the peak of the process that measured a length, speed what it had of the cores: "
+            "lengths were measured in several processes, so neither is a curve over the lengths "
+            "(that is in *Recurrent memory: peak memory and time* above).",
             (HERE / "results" / task / f"{task}.md").read_text(encoding="utf-8").strip(),
             *(f"Seed {seed}: {outcome}" for seed, outcome in enumerate(result["outcomes"])),
             *([note.read_text(encoding="utf-8").strip()] if note.is_file() else []),

@@ -1,7 +1,9 @@
 """Settings of the whole suite: poisoned memory, one thread, a fixed seed per test."""
 
 import ast
+import functools
 import hashlib
+import inspect
 import os
 from pathlib import Path
 
@@ -47,6 +49,34 @@ def _has_shape(function):
 
 
 jaxtyping._import_hook.JaxtypingTransformer = _Shapes
+
+# calls of a function in a test whose shapes are checked: what the same loop does for the hundredth
+# time has the shapes of the first times, and checking it took a third of the time of all tests
+_CHECKED_CALLS = 8
+_tests_begun = 0
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _jaxtyped_at_first(fn=None, *, typechecker):
+    if fn is None:
+        return functools.partial(_jaxtyped_at_first, typechecker=typechecker)
+    checked = _jaxtyped(fn, typechecker=typechecker)
+    if not inspect.isfunction(fn):
+        return checked
+    test = calls = 0
+
+    @functools.wraps(fn)
+    def either(*args, **kwargs):
+        nonlocal test, calls
+        if test != _tests_begun:
+            test, calls = _tests_begun, 0
+        calls += 1
+        return (checked if calls <= _CHECKED_CALLS else fn)(*args, **kwargs)
+
+    return either
+
+
+jaxtyping.jaxtyped = _jaxtyped_at_first
 # bytecode that was made with other checks is not used again
 _TAG = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
 _bytecode_path = jaxtyping._import_hook._optimized_cache_from_source
@@ -63,6 +93,8 @@ settings.load_profile("byheart")
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
+    global _tests_begun
+    _tests_begun += 1
     torch.manual_seed(0)
 
 

@@ -168,6 +168,10 @@ def test_a_directory_without_a_finished_run_is_one_clear_line(command, tmp_path)
     code, _, err = command("evaluate-task", tmp_path)
     assert code == 1
     assert "must hold a finished run" in err
+    assert "and has no checkpoint to finish it from. Name another." in " ".join(err.split())
+    code, _, err = command("evaluate-task", tmp_path / "missing")
+    assert code == 1
+    assert "but there is no such directory. Check the path." in " ".join(err.split())
 
 
 def test_reproduce_trains_once_and_compares_with_the_report(command, stories, tmp_path):

@@ -163,6 +163,7 @@ FAMILIES = {
         "num_key_value_heads": 2, "head_dim": 10,
     },
     "opt": {"num_hidden_layers": 3, "hidden_size": 24, "ffn_dim": 40, "word_embed_proj_dim": 12},
+    "modernbert": {"num_hidden_layers": 3, "hidden_size": 24, "intermediate_size": 40},
 }  # fmt: skip
 
 
@@ -177,14 +178,16 @@ def test_config_json_gives_the_products_of_the_model(family, tmp_path):
     shape = shape_from_config(tmp_path / "config.json")
     kind, options = AutoModelForCausalLM, {}
     if shape.kind == "encoder":
-        kind, options = AutoModel, {"add_pooling_layer": False}
+        kind = AutoModel
+        options = {"add_pooling_layer": False} if family == "bert" else {}
     model = kind.from_config(config, attn_implementation="eager", **options).eval()
     input_ids = torch.ones(1, 7, dtype=torch.long)
     # eager attention computes masked scores, too
     convention = replace(MATMULS, is_causal=False)
     found = counted(lambda: model(input_ids)) - forward_flops(shape, 7, convention).total
     # transformers 5.17 computes the angles of the rotation by a product of frequencies and places
-    angles = 2 * 7 * changes["head_dim"] // 2 if family == "llama" else 0
+    halves = {"llama": 10 // 2, "modernbert": 2 * 6 // 2}
+    angles = 2 * 7 * halves.get(family, 0)
     assert found in (0, angles)
 
 
@@ -302,6 +305,9 @@ def test_a_sliding_window_is_ignored_aloud(written, caplog):
     shape = shape_from_config(written(LLAMA | {"sliding_window": 4096}))
     assert shape.num_layers == 16
     assert "sliding_window 4096: counted is attention to all" in caplog.text
+    assert "local_attention" not in caplog.text
+    shape_from_config(written(LLAMA | {"model_type": "modernbert", "local_attention": 128}))
+    assert "local_attention 128: counted is attention to all" in caplog.text
     caplog.clear()
     shape_from_config(written(LLAMA | {"sliding_window": 4096, "use_sliding_window": False}))
     assert not caplog.records

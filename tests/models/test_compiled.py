@@ -10,14 +10,10 @@ import pytest
 SCRIPT = Path(__file__).parent / "compiled_steps.py"
 
 
-TRAINING = (
-    "known,gate,7",
-    "known,joint,11",
-    "whole,content gate,7",
-    "whole,no memory,0",
-    "unknown,gate,7",
-)
-DECODING = ("decode,gate,7", "decode,joint,11", "decode,no memory,7", "decode,whole memory,0")
+# each way to mix, to say what is a token, and to have an XL cache at least once: a case compiles
+# for ten seconds
+TRAINING = ("known,joint,11", "whole,content gate,0", "unknown,gate,7")
+DECODING = ("decode,gate,7", "decode,joint,11", "decode,whole memory,0")
 
 
 def run(*cases):

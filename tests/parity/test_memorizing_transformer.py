@@ -158,6 +158,11 @@ def test_layer_equals_the_reference_at_other_dimensions(tmp_path, memory_size):
     assert layer_difference(path) <= TOLERANCE
 
 
+def test_a_recording_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"missing does not exist\. Name a recording: a directory"):
+        layer_difference(tmp_path / "missing")
+
+
 @pytest.mark.parametrize(
     "changed", ["y", "x", "params/external_memory_bias", "params/tbase/_kvq/attention_scale"]
 )
@@ -195,7 +200,7 @@ def test_what_is_no_recording_is_refused(tmp_path):
     text.write_text("not an archive")
     with pytest.raises(DataError, match=r"must be an \.npz file of named arrays"):
         layer_difference(text)
-    with pytest.raises(DataError, match=r"cannot be read.*No such file"):
+    with pytest.raises(DataError, match=r"npz does not exist\. Name"):
         layer_difference(tmp_path / "missing.npz")
 
 

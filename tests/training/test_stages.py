@@ -138,7 +138,7 @@ def test_stages_of_an_unfinished_run_can_be_loaded(whole, tmp_path):
     kept = load_task_run(tmp_path, stage=1).memory_model
     same = load_task_run(whole, stage=1).memory_model
     assert model_fingerprint(kept) == model_fingerprint(same)
-    with pytest.raises(CheckpointError, match="must hold a finished run"):
+    with pytest.raises(CheckpointError, match=r"must hold a finished run .*\. Finish it with"):
         load_task_run(tmp_path)
     with pytest.raises(CheckpointError, match=r"model of stage 2, it has kept those of stages 1\."):
         load_task_run(tmp_path, stage=2)

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 Name = Literal["memorize", "detect", "reason"]
 
-QuickOption = Annotated[bool, typer.Option("--quick", help="One seed, 4 segments: minutes.")]
+QuickOption = Annotated[
+    bool, typer.Option("--quick", help="One seed, 4 segments: minutes (reason: half an hour).")
+]
 SeedsOption = Annotated[
     int | None, typer.Option(min=1, help="Runs that differ in their seed; default: 3, quick: 1.")
 ]
@@ -31,7 +33,7 @@ SetOption = Annotated[
     typer.Option("--set", help="Change a field of the recipe: --set window=128. Repeatable."),
 ]
 
-# a few minutes on 2 CPU cores
+# a few minutes on 2 CPU cores; of *reason*, whose lessons come first, up to half an hour
 _QUICK = (
     "curriculum.max_segments=4",
     "curriculum.continue_segments=4",

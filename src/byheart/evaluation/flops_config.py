@@ -34,6 +34,7 @@ _FAMILIES: dict[str, tuple[ModelKind, bool]] = {
         ),
         ("encoder", False),
     ),
+    "modernbert": ("encoder", True),
 }  # fmt: skip
 _KEYS = {
     "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -114,9 +115,10 @@ def shape_from_config(path: str | os.PathLike[str]) -> ModelShape:
             )
             msg += "such key. Add it."
             raise DataError(msg)
-    window = config.get("sliding_window")
-    if window is not None and config.get("use_sliding_window") is not False:
-        logger.warning("%s has sliding_window %s: counted is attention to all.", path, window)
+    for key in ("sliding_window", "local_attention"):
+        window = config.get(key)
+        if window is not None and config.get("use_sliding_window") is not False:
+            logger.warning("%s has %s %s: counted is attention to all.", path, key, window)
     values: dict[str, Any] = {
         **widths,
         **{field: _width(config, keys, path) for field, keys in _OPTIONAL_KEYS.items()},

@@ -76,6 +76,9 @@ def layer_difference(path: str | PathLike[str]) -> float:
 
 
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
+    if not path.exists():
+        msg = f"{path} does not exist. Name a recording: a directory, or a file mt_layer_*.npz."
+        raise DataError(msg)
     if path.is_file() and not zipfile.is_zipfile(path):
         msg = f"{path} must be an .npz file of named arrays. Name a recording mt_layer_*.npz."
         raise DataError(msg)

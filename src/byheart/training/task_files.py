@@ -126,10 +126,13 @@ def require_finished(run_dir: str | os.PathLike[str]) -> None:
     """
     directory = Path(run_dir)
     if not (directory / MODEL).is_dir():
-        msg = (
-            f"{directory} must hold a finished run with {MODEL}/ and {TOKENIZER}/. Finish it with "
-            "resume=True (--resume), or name the directory of another."
-        )
+        what = f"{directory} must hold a finished run with {MODEL}/ and {TOKENIZER}/"
+        if not directory.is_dir():
+            msg = f"{what}, but there is no such directory. Check the path."
+        elif not any(directory.glob("checkpoint-*")):
+            msg = f"{what}, and has no checkpoint to finish it from. Name another."
+        else:
+            msg = f"{what}. Finish it with resume=True (--resume), or name another."
         raise CheckpointError(msg)
 
 
