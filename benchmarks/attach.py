@@ -11,6 +11,7 @@ with nothing attached.
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +53,13 @@ def plain_step(tokens: Tensor) -> Step:
 
 def attached_step(tokens: Tensor, memory_size: int, xl_cache_length: int) -> Step:
     """Build a step of the model with a full memory, or none."""
-    knn = None
+    memory: dict[str, Any] = {}
     if memory_size:
         knn = KnnMemoryConfig(layers=(LAYER,), memory_size=memory_size, top_k=TOP_K)
+        memory = {"knn": knn, "gate_init": 0.3}
     memory_model = attach(
-        make_model(), knn=knn, xl_cache_length=xl_cache_length, segment_length=SEGMENT,
-        gate_init=0.3,
-    )  # fmt: skip
+        make_model(), xl_cache_length=xl_cache_length, segment_length=SEGMENT, **memory
+    )
     segments = Segments(tokens)
     optimizer = torch.optim.AdamW(memory_model.parameters(), lr=1e-5)
     state = _filled(memory_model, segments, memory_size)

@@ -50,10 +50,12 @@ def _has_shape(function):
 
 jaxtyping._import_hook.JaxtypingTransformer = _Shapes
 
-# calls of a function in a test whose shapes are checked: what the same loop does for the hundredth
-# time has the shapes of the first times, and checking it took a third of the time of all tests
+# calls of a function in a test whose shapes are checked: a loop brings the shapes of its first
+# rounds again, and checking all of them took a third of the time of all tests. Examples of
+# Hypothesis differ in their shapes: there all calls are checked
 _CHECKED_CALLS = 8
 _tests_begun = 0
+_checks_all = False
 _jaxtyped = jaxtyping.jaxtyped
 
 
@@ -71,7 +73,7 @@ def _jaxtyped_at_first(fn=None, *, typechecker):
         if test != _tests_begun:
             test, calls = _tests_begun, 0
         calls += 1
-        return (checked if calls <= _CHECKED_CALLS else fn)(*args, **kwargs)
+        return (checked if _checks_all or calls <= _CHECKED_CALLS else fn)(*args, **kwargs)
 
     return either
 
@@ -92,9 +94,10 @@ settings.load_profile("byheart")
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
-    global _tests_begun
+def _fixed_seed(request) -> None:
+    global _tests_begun, _checks_all
     _tests_begun += 1
+    _checks_all = hasattr(getattr(request.node, "obj", None), "hypothesis")
     torch.manual_seed(0)
 
 

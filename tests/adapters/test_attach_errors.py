@@ -76,11 +76,28 @@ def test_queries_or_keys_that_grow_along_the_document_are_refused(name, dtype, t
         return output * (1 + (places[0] + 1) / 2048).pow(0.1)[..., None].to(output.dtype)
 
     model.register_forward_pre_hook(see_places, with_kwargs=True)
-    attach(model, knn=knn(), segment_length=SEGMENT).detach()
+    attach(model, knn=knn(), segment_length=512).detach()
     getattr(model.model.layers[1].self_attn, name).register_forward_hook(grow)
-    with pytest.raises(ValueError, match="llama scales its queries or keys by their place"):
-        attach(model, knn=knn(), segment_length=SEGMENT)
+    for lengths in ({"segment_length": 512}, {"segment_length": 128, "xl_cache_length": 400}):
+        with pytest.raises(ValueError, match="llama scales its queries or keys by their place"):
+            attach(model, knn=knn(), **lengths)
     assert not any(module._forward_pre_hooks for module in model.model.modules())
+
+
+def test_a_scale_that_no_segment_meets_is_taken():
+    config = transformers.Ministral3Config(
+        vocab_size=43, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=4, max_position_embeddings=512,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "beta_fast": 32.0,
+            "beta_slow": 1.0, "original_max_position_embeddings": 64,
+            "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0,
+        },
+    )  # fmt: skip
+    model = transformers.Ministral3ForCausalLM(config)
+    attach(model, knn=knn(), segment_length=64).detach()
+    with pytest.raises(ValueError, match="within the 65 tokens of a segment and the XL cache"):
+        attach(model, knn=knn(), segment_length=64, xl_cache_length=1)
 
 
 def test_latent_attention_is_refused():

@@ -115,6 +115,17 @@ def test_it_is_called_as_transformers_own(tiny_model, draw):
         memory_model.generate(**OPTIONS)
 
 
+def test_single_tokens_can_be_kept_out(tiny_model, draw):
+    memory_model, ids = opened(tiny_model("llama")), draw(1, 17)
+    first = int(memory_model.generate(ids, **{**OPTIONS, "max_new_tokens": 1})[0, -1])
+    for option in (
+        {"bad_words_ids": [[first]]},
+        {"sequence_bias": {(first,): -100.0}},
+        {"sequence_bias": [[[first], -100.0]]},
+    ):
+        assert first not in memory_model.generate(ids, **OPTIONS, **option)[0, 17:]
+
+
 def test_samples_of_a_row_read_its_memory(tiny_model, draw):
     memory_model = opened(tiny_model("llama"))
     ids = draw(2, 16)

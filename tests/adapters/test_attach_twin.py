@@ -74,18 +74,25 @@ def slow(attention, memory, inputs, config):
     return attention.o_proj(mixed.flatten(2))
 
 
+OPTIONS = (
+    {},
+    {"gate": "linear"},
+    {"gate": "sigmoid"},
+    {"memory_position": "local"},
+    {"memory_position": "window"},
+    {"normalize_qk": True},
+    {"normalize_qk": True, "memory_position": "window"},
+)
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("combine", ["gate", "content_gate", "joint"])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "combine"),
     [
-        {},
-        {"gate": "linear"},
-        {"gate": "sigmoid"},
-        {"memory_position": "local"},
-        {"memory_position": "window"},
-        {"normalize_qk": True},
-        {"normalize_qk": True, "memory_position": "window"},
+        (options, combine)
+        for options in OPTIONS
+        for combine in ("gate", "content_gate", "joint")
+        if combine != "joint" or "gate" not in options
     ],
     ids=str,
 )

@@ -259,6 +259,18 @@ def test_special_tokens_outside_of_the_vocabulary_are_refused(token, tiny_model,
         wrap(tiny_model("bert"), end_ids=(token,))
 
 
+def test_labels_under_padding_are_not_read(decoder, draw):
+    ids = draw(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    labels = ids.masked_fill(mask == 0, -1)
+    expected = decoder(ids, attention_mask=mask, labels=ids).loss
+    assert torch.equal(decoder(ids, attention_mask=mask, labels=labels).loss, expected)
+    labels[1, 4] = -1
+    with pytest.raises(ValueError, match="labels must be between 0 and 42, or -100 for none, got"):
+        decoder(ids, attention_mask=mask, labels=labels)
+
+
 @pytest.mark.parametrize("token", [43, -1])
 def test_unknown_tokens_are_refused(token, decoder, draw):
     ids = draw(2, 9)

@@ -86,6 +86,18 @@ def test_each_loss_reaches_bptt_depth_segments(depth, replay, tiny_model, wrap):
         assert bool(memory.any()) == (first == 0)
 
 
+@pytest.mark.parametrize("lengths", [(31, 31), (31, 9), (1, 31)])
+def test_a_first_memory_beyond_the_depth_has_no_gradient_at_all(lengths, tiny_model, wrap, draw):
+    # zeros would let an optimizer go on by its momentum, and keep the graphs of all segments
+    memory_model = wrap(tiny_model("gpt2"), bptt_depth=2)
+    mask = torch.arange(31) < torch.tensor(lengths)[:, None]
+    ids = draw(2, 31)
+    targets = torch.full_like(ids, -100)
+    targets[:, -1] = ids[:, -1]
+    memory_model(ids, attention_mask=mask.long(), targets=targets).loss.backward()
+    assert memory_model.memory.memory.grad is None
+
+
 @pytest.mark.parametrize("depth", [2, None])
 def test_no_gradient_reaches_the_passes_before(depth, tiny_model, wrap):
     memory_model = untied(tiny_model, wrap, bptt_depth=depth)

@@ -186,7 +186,7 @@ def test_a_missing_state_is_refused(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_documents_start_in_rows_of_the_state(count, state):
-    with pytest.raises(ValueError, match=rf"one entry per row, \[3\], got \[{count}\]"):
+    with pytest.raises(ValueError, match=rf"one boolean per row, \[3\], got \[{count}\]"):
         state.start_documents(torch.ones(count, dtype=torch.bool))
 
 

@@ -17,7 +17,7 @@ IDS = torch.zeros(3, 5, dtype=torch.long)
         ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor of integers, got list"),
         ({"input_ids": IDS.float()}, TypeError, "tensor of integers, got torch.float32"),
         ({"input_ids": IDS[0]}, ValueError, r"\[batch, tokens\] .* got shape \[5\]. Use input_ids"),
-        ({"input_ids": IDS[:, :0]}, ValueError, r"at least one token, got shape \[3, 0\]"),
+        ({"input_ids": IDS[:, :0]}, ValueError, r"at least 1 tokens, got shape \[3, 0\]"),
         ({"input_ids": IDS + 9}, ValueError, "input_ids must be between 0 and 8, got 9"),
         ({"input_ids": IDS - 1}, ValueError, "input_ids must be between 0 and 8, got -1"),
         (
@@ -94,6 +94,7 @@ for model in (decoder, attached):
     for bad in ({"document_start": one}, {"num_tokens": ids[:2, 0]}):
         check(lambda: byheart.read_tokens(model, ids, state, **bad), "an entry for each row, [3]")
     check(lambda: byheart.read_tokens(model, ids[0], state), "input_ids must be [batch, tokens]")
+    state = byheart.read_tokens(model, ids[:, :0], state).state  # a stream may bring nothing
     state.require_current()
 """
 

@@ -10,9 +10,6 @@ from byheart.models.recurrent_config import RecurrentMemoryConfig
         ({"num_memory_tokens": -1}, r"num_memory_tokens must be at least 0, got -1\."),
         ({"bptt_depth": 0}, r"bptt_depth must be at least 1 .*, got 0\. Use None"),
         ({"noise": -0.1}, r"noise must be at least 0, got -0\.1\."),
-        ({"num_memory_tokens": 0, "update": "gated"}, r"update has no effect with num_.*'gated'"),
-        ({"num_memory_tokens": 0, "normalize_memory": True}, "normalize_memory has no effect with"),
-        ({"num_memory_tokens": 0, "noise": 0.1}, "noise has no effect with num_memory_tokens=0"),
         ({"gate_bias_init": 1.0}, r"no effect with update='replace', got 1\.0\."),
     ],
 )

@@ -116,6 +116,26 @@ def test_a_resumed_run_may_end_earlier_than_it_was_meant_to(whole, tmp_path):
     assert metrics_of(out) == metrics_of(tmp_path / "new") != metrics_of(whole)
 
 
+def test_the_rate_of_a_longer_stage_holds_at_once_resumed_or_not(tmp_path):
+    run = task_run(training={"save_every": 4, "keep_checkpoints": 9, "log_every": 1})
+    out, again = tmp_path / "run", tmp_path / "again"
+    first, *_ = train_task(run, out).curriculum.reached
+    shutil.copytree(out, again)
+    for step in steps_of(again):
+        if step > first.step:
+            shutil.rmtree(again / f"checkpoint-{step}")
+    assert train_task(run, again, resume=True).resumed_from == first.step
+    rates, resumed = (
+        {line["step"]: line["learning_rate"] for line in metrics_of(place) if "loss" in line}
+        for place in (out, again)
+    )
+    assert rates == resumed
+    # with documents of two segments at most, and length_decay=0.5
+    after = first.step + 1
+    assert rates[after] == pytest.approx(rates[first.step - 1] / 2**0.5)
+    assert metrics_of(again) == metrics_of(out)
+
+
 def test_the_rate_falls_at_once_as_it_would_have(tmp_path):
     def run(steps):
         training = {"save_every": 1, "keep_checkpoints": 99, "log_every": 1}

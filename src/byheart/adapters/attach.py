@@ -52,4 +52,6 @@ def attach(
             msg = f"layers must be attention modules, such as {names[-1]!r}, got {unknown[0]!r}."
             raise ValueError(msg)
         knn = replace(knn, layers=tuple(names.index(name) for name in layers))
-    return MemoryModel(model, AttachConfig(knn=knn, **options))
+    config = AttachConfig(knn=knn, **options)
+    config.require_effect()
+    return MemoryModel(model, config)

@@ -46,7 +46,8 @@ class AttachConfig:
             raise TypeError(msg)
         for name, least in (("xl_cache_length", 0), ("segment_length", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
+            if not is_whole or value < least:
                 msg = f"{name} must be a whole number of at least {least}, got {value}."
                 raise ValueError(msg)
         if self.scale_init is not None and not 0 < self.scale_init < math.inf:
@@ -55,10 +56,14 @@ class AttachConfig:
         if not math.isfinite(self.gate_init):
             msg = f"gate_init must be a number, got {self.gate_init}."
             raise ValueError(msg)
-        self._require_effect()
 
-    def _require_effect(self) -> None:
-        """Refuse what would be ignored.
+    @property
+    def reach(self) -> int:
+        """Most tokens that a token sees without the kNN memory: its segment and the XL cache."""
+        return self.segment_length + self.xl_cache_length
+
+    def require_effect(self) -> None:
+        """Refuse what would be ignored: for options that somebody has just chosen.
 
         Raises:
             ValueError: If an option changes nothing.

@@ -21,17 +21,15 @@ from byheart.adapters.attention_hook import (
     own_implementation,
     uninstall,
 )
-from byheart.adapters.families import attention_reach, max_positions, model_kind, rotation_limit
+from byheart.adapters.families import attention_reach, model_kind, rotation_limit
 from byheart.adapters.rotation import RotarySource, find_rotation, without_rotation
 from byheart.models.eval_mode import eval_mode
 
-# tokens of the trial that shows how a model attends, and how far it is moved to show whether only
-# their distances matter
+# tokens of the trial that shows how a model attends
 _TRIAL_TOKENS = 5
-_TRIAL_SHIFT = 2048
-# what rounding of the angles does to the length of queries that far out; bfloat16 has 8 bits
-_LENGTH_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
-_COARSE_LENGTH = 3e-2
+# what rounding of the angles does to the length of queries, relative; bfloat16 has 8 bits
+_LENGTH_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5}
+_COARSE_LENGTH = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,11 +137,12 @@ def find_attentions(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def prepare_attentions(model: PreTrainedModel) -> AttentionLayers:
+def prepare_attentions(model: PreTrainedModel, reach: int) -> AttentionLayers:
     """Put our attention function into all layers, and find out by a trial how they attend.
 
     Args:
         model: A causal language model with its weights.
+        reach: Most tokens that see each other: those of a segment and the XL cache.
 
     Returns:
         The layers; their outputs are the model's own as long as a pass carries no view.
@@ -157,7 +156,7 @@ def prepare_attentions(model: PreTrainedModel) -> AttentionLayers:
             install(module, index, name)
             undo.callback(uninstall, module)
         try:
-            layers = _examine(model, found)
+            layers = _examine(model, found, reach)
         except (RuntimeError, TypeError, LookupError, AttributeError) as error:
             msg = f"{model.config.model_type} failed in a trial: {error}. Use another model."
             raise ValueError(msg) from error
@@ -183,7 +182,9 @@ class _Trial:
         return call.attend(call.key, call.value, call.mask)
 
 
-def _examine(model: PreTrainedModel, found: list[tuple[str, nn.Module]]) -> AttentionLayers:
+def _examine(
+    model: PreTrainedModel, found: list[tuple[str, nn.Module]], reach: int
+) -> AttentionLayers:
     trial, sources = _run_trial(model, found)
     family = model.config.model_type
     if len(trial.calls) != len(found):
@@ -206,7 +207,7 @@ def _examine(model: PreTrainedModel, found: list[tuple[str, nn.Module]]) -> Atte
         msg = f"{family} rotates its keys where it cannot be seen. Use another model."
         raise ValueError(msg)
     if has_rotation:
-        _require_same_lengths(model, found, trial)
+        _require_same_lengths(model, found, trial, reach)
     num_heads, num_kv_heads, head_dim = next(iter(shapes))
     return AttentionLayers(
         modules=tuple(module for _, module in found),
@@ -224,30 +225,61 @@ def _examine(model: PreTrainedModel, found: list[tuple[str, nn.Module]]) -> Atte
 
 
 def _require_same_lengths(
-    model: PreTrainedModel, found: list[tuple[str, nn.Module]], trial: _Trial
+    model: PreTrainedModel, found: list[tuple[str, nn.Module]], trial: _Trial, reach: int
 ) -> None:
     """Refuse a model that rotates, and scales by the place in the document besides.
 
-    Places are counted anew in each segment, which only distances survive.
+    Places are counted anew in each segment, which only distances survive. A scale that begins
+    behind the last place of a segment and its XL cache is never met.
 
     Raises:
-        ValueError: If queries or keys are longer at places further out.
+        ValueError: If queries or keys are longer at that place.
     """
-    limits = (max_positions(model), rotation_limit(model))
-    last = min(limit for limit in (*limits, _TRIAL_SHIFT + _TRIAL_TOKENS) if limit is not None)
-    first = max(0, last - _TRIAL_TOKENS)
+    first = min(reach, rotation_limit(model) or reach) - _TRIAL_TOKENS
+    if first <= 0:
+        return
     moved, _ = _run_trial(model, found, first)
-    for index in range(len(found)):
-        calls = trial.calls[index], moved.calls[index]
+    for index, (_, module) in enumerate(found):
+        # layer by layer: what deep layers read has been rounded otherwise further out
+        name, hidden = next(iter(_bound(module, trial.arguments[index]).items()))
+        calls = trial.calls[index], _again(module, moved.arguments[index], {name: hidden})
         tolerance = _LENGTH_TOLERANCE.get(calls[0].query.dtype, _COARSE_LENGTH)
         for name in ("query", "key"):
             here, there = (getattr(call, name).float().norm(dim=-1) for call in calls)
             if not bool(((here - there).abs() <= tolerance * here.max()).all()):
                 msg = (
                     f"{model.config.model_type} scales its queries or keys by their place in the "
-                    "document, and in every segment places begin at 0 again. Use another model."
+                    f"document, already within the {reach} tokens of a segment and the XL cache, "
+                    "and in every segment places begin at 0 again. Use another model, or a shorter "
+                    "segment_length."
                 )
                 raise ValueError(msg)
+
+
+def _bound(module: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
+    """Name the arguments of a call of a layer.
+
+    Returns:
+        The arguments; those that it passes on are among them.
+    """
+    args, kwargs = arguments
+    bound = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    return {**bound, **bound.pop("kwargs", {})}
+
+
+def _again(
+    module: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]], changes: dict[str, Any]
+) -> AttentionCall:
+    """Call a layer once more, with other arguments.
+
+    Returns:
+        What reached its attention function.
+    """
+    seen = _Trial()
+    with eval_mode(module), torch.no_grad():
+        module(**{**_bound(module, arguments), **changes, VIEW: seen})
+    (call,) = seen.calls.values()
+    return call
 
 
 def _run_trial(
@@ -318,15 +350,8 @@ def _find_rotation_of(
     if source is None or apply is None:
         msg = f"{where} has positions of a kind that cannot be undone. Use another model."
         raise ValueError(msg)
-    args, kwargs = trial.arguments[call.hook.index]
-    plain = _Trial()
-    bound = inspect.signature(call.module.forward).bind(*args, **kwargs)
-    options = bound.arguments.get("kwargs", {})
-    arguments = {name: value for name, value in bound.arguments.items() if name != "kwargs"}
-    arguments["position_embeddings"] = without_rotation(call.angles)
-    with eval_mode(call.module), torch.no_grad():
-        call.module(**arguments, **{**options, VIEW: plain})
-    keys: Tensor = plain.calls[call.hook.index].key
+    changes = {"position_embeddings": without_rotation(call.angles)}
+    keys: Tensor = _again(call.module, trial.arguments[call.hook.index], changes).key
     try:
         call.hook.rotation = find_rotation(apply, source, call.angles, call.key, keys)
     except ValueError as error:

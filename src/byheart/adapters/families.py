@@ -83,6 +83,14 @@ def input_embedding(model: PreTrainedModel | SegmentModel) -> Any:
     )
 
 
+def output_size(model: PreTrainedModel | SegmentModel) -> int:
+    """Return how many tokens a language model can predict."""
+    if isinstance(model, SegmentModel):
+        return model.vocab_size
+    size: int = model.get_output_embeddings().weight.shape[0]
+    return size
+
+
 @torch.no_grad()
 def embedding_statistics(
     embedding: Any,

@@ -139,7 +139,7 @@ def _check_options(model: Any, options: dict[str, Any]) -> None:
         is_the_models = name not in options and given is None
         if is_the_models:
             given = getattr(model.generation_config, name, None)
-        if given is None or given in harmless:
+        if given is None or given in harmless or _is_of_single_tokens(name, given):
             continue
         what = "the whole prompt, of which only the end is not in memory"
         if not is_the_models:
@@ -149,6 +149,19 @@ def _check_options(model: Any, options: dict[str, Any]) -> None:
         found = f"The generation_config of the model has {name}={given}"
         msg = f"{found}, which looks at {what}. {advice}"
         raise ValueError(msg)
+
+
+def _is_of_single_tokens(name: str, given: Any) -> bool:
+    """Say whether an option names tokens whose neighbours do not matter.
+
+    Returns:
+        `False` for other options.
+    """
+    if name not in ("bad_words_ids", "sequence_bias"):
+        return False
+    # a list of sequences, a dictionary by sequence, or a list of sequences with their bias
+    are_pairs = name == "sequence_bias" and not isinstance(given, dict)
+    return all(len(entry[0] if are_pairs else entry) == 1 for entry in given)
 
 
 def _check_positions(

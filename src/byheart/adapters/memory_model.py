@@ -81,7 +81,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         config = config.resolve(model.config.get_text_config().num_hidden_layers)
         self.model: Any = model
         self.memory_config = config
-        self.layers: AttentionLayers = prepare_attentions(model)
+        self.layers: AttentionLayers = prepare_attentions(model, config.reach)
         self._memories: dict[int, AttachedMemory] = {}
         self._is_attached = True
         try:
@@ -196,12 +196,12 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
 
     activation_checkpointing_enable = gradient_checkpointing_enable
 
-    def generate(self, *prompts: Any, **options: Any) -> Any:
+    def generate(self, input_ids: Any = None, generation_config: Any = None, **options: Any) -> Any:
         """Continue prompts as transformers' `generate` does, with the memory in sight.
 
         Args:
-            prompts: `input_ids` of any length, or what follows that which `state` has read; then,
-                if you like, a `GenerationConfig`.
+            input_ids: Prompts of any length, or what follows that which `state` has read.
+            generation_config: As transformers takes it.
             options: `attention_mask`, `state`, and what transformers' `generate` takes, such as
                 `max_new_tokens`, `do_sample`, `num_beams`, `num_return_sequences`.
 
@@ -210,7 +210,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         """
         from byheart.adapters.memory_generate import generate_with_memory
 
-        return generate_with_memory(self, *prompts, **options)
+        return generate_with_memory(self, input_ids, generation_config, **options)
 
     def save_pretrained(
         self,

@@ -18,7 +18,7 @@ from byheart.adapters.families import (
     window_model,
 )
 from byheart.adapters.heads import EncoderHead, Head, make_head
-from byheart.adapters.recurrent_checks import require_fits
+from byheart.adapters.recurrent_checks import require_fits, require_known_labels
 from byheart.adapters.tied import keep_tied_weights_once
 from byheart.memory.recurrent import NewMemory, RecurrentLayout, RecurrentState
 from byheart.models.arguments import require_state_type, require_words
@@ -195,11 +195,7 @@ class RecurrentMemory(nn.Module):
         Raises:
             ValueError: If an argument does not fit the model or the others.
         """
-        if self.kind != "encoder":
-            for name, ids in (("labels", labels), ("targets", targets)):
-                if ids is not None:
-                    words = len(input_embedding(self.model).weight)
-                    require_words(name, ids, words, may_ignore=True)
+        require_known_labels(self.model, attention_mask, labels=labels, targets=targets)
 
         def head(text: RowText) -> Head:
             return make_head(

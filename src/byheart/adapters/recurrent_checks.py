@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from byheart.adapters.attention_hook import has_hooks
@@ -11,13 +12,16 @@ from byheart.adapters.families import (
     has_global_layer,
     max_positions,
     model_kind,
+    output_size,
     window_model,
 )
 from byheart.adapters.memory_model import MemoryModel
+from byheart.models.arguments import require_words
 from byheart.models.decoder import Decoder
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.models.segment_model import SegmentModel
 from byheart.models.segment_reader import require_decoder_fits, require_segment_fits
+from byheart.ops.losses import IGNORED
 
 # they multiply what they look up themselves, and what is given to them not at all
 _SCALED_OUTSIDE = ("blenderbot-small", "falcon_h1", "mvp", "pegasus")
@@ -77,6 +81,28 @@ def without_attached(model: Any) -> Any:
         The model below, or the model given if it is no `MemoryModel`.
     """
     return model.model if isinstance(model, MemoryModel) else model
+
+
+def require_known_labels(
+    model: PreTrainedModel | SegmentModel, attention_mask: Tensor | None, **labels: Tensor | None
+) -> None:
+    """Refuse labels that a language model cannot predict.
+
+    Args:
+        model: The model; classes of a classifier are none of this.
+        attention_mask: Which tokens are text: what stands for the others is not read.
+        labels: Token ids by their name; `None` for those not given.
+
+    Raises:
+        ValueError: If there are such labels.
+    """
+    if model_kind(model) == "encoder":
+        return
+    for name, ids in labels.items():
+        if ids is not None and attention_mask is not None and attention_mask.shape == ids.shape:
+            ids = ids.masked_fill(attention_mask == 0, IGNORED)
+        if ids is not None:
+            require_words(name, ids, output_size(model), may_ignore=True)
 
 
 def _require_nothing_attached(model: PreTrainedModel) -> None:

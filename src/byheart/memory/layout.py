@@ -1,6 +1,6 @@
 """The shape of a model's memory: what must agree before a state may be used."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from byheart.errors import MemoryStateError
 from byheart.memory.config import KnnMemoryConfig
@@ -59,9 +59,8 @@ class MemoryLayout:
     def _comparable(self) -> dict[str, object]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         knn = values.pop("knn_memory")
-        details = asdict(knn) if knn is not None else {}
         return {
             **values,
-            "knn_memory.layers": tuple(details.get("layers", ())),
-            "knn_memory.write": details.get("write"),
+            "knn_memory.layers": () if knn is None else tuple(knn.layers),
+            "knn_memory.write": None if knn is None else knn.write,
         }

@@ -13,14 +13,20 @@ _PER_ROW = ("document_start", "num_tokens")
 
 
 def require_arguments(
-    input_ids: Any, num_words: int, num_targets: int | None = None, **others: Any
+    input_ids: Any,
+    input_vocab: int,
+    output_vocab: int | None = None,
+    *,
+    least: int = 1,
+    **others: Any,
 ) -> None:
     """Refuse what would be broadcast, or fail deep in a model.
 
     Args:
         input_ids: The next tokens of each row, `[batch, tokens]`.
-        num_words: Token ids that the model can read.
-        num_targets: Token ids that it can predict; `None` for those that it can read.
+        input_vocab: Token ids that the model can read.
+        output_vocab: Token ids that it can predict; `None` for those that it can read.
+        least: Fewest columns.
         others: Arguments by name, `None` for those not given: `document_start` and `num_tokens` of
             a number per row, others, such as `targets`, of one per token.
 
@@ -30,13 +36,13 @@ def require_arguments(
     """
     _require_type("input_ids", input_ids)
     shape = tuple(input_ids.shape)
-    if len(shape) != 2 or shape[1] == 0:
+    if len(shape) != 2 or shape[1] < least:
         msg = (
-            "input_ids must be [batch, tokens] with at least one token, got shape "
+            f"input_ids must be [batch, tokens] with at least {least} tokens, got shape "
             f"{list(shape)}. Use input_ids[None] for a single row."
         )
         raise ValueError(msg)
-    require_words("input_ids", input_ids, num_words)
+    require_words("input_ids", input_ids, input_vocab)
     for name, given in others.items():
         if given is None:
             continue
@@ -47,7 +53,7 @@ def require_arguments(
             msg = f"{name} must have {what}, {list(expected)}, got shape {list(given.shape)}."
             raise ValueError(msg)
         if name not in _PER_ROW:
-            require_words(name, given, num_targets or num_words, may_ignore=True)
+            require_words(name, given, output_vocab or input_vocab, may_ignore=True)
 
 
 def require_words(name: str, ids: Tensor, vocab_size: int, *, may_ignore: bool = False) -> None:
@@ -66,6 +72,7 @@ def require_words(name: str, ids: Tensor, vocab_size: int, *, may_ignore: bool =
     """
     if not known.values_are_known(ids) or not ids.numel():
         return
+    ids = ids.long()  # the number of words may be beyond the type
     known_ids = (ids >= 0) & (ids < vocab_size)
     if may_ignore:
         known_ids |= ids == IGNORED

@@ -202,7 +202,8 @@ class RecurrentCore(nn.Module):
         if depth is None or depth >= len(segments) or not torch.is_grad_enabled() or not losses:
             return self._run(model, segments, memory, is_whole=True)
         reads: list[_Read | None] = [None] * len(segments)
-        first, late = memory, torch.ones(len(memory), dtype=torch.bool, device=memory.device)
+        first: Tensor = memory
+        late: Tensor | None = torch.ones(len(memory), dtype=torch.bool, device=memory.device)
         position = 0  # `memory` and `model` are those before this segment, `ahead` those after it
         ahead: _Run | None = None
         for index in losses:
@@ -214,8 +215,9 @@ class RecurrentCore(nn.Module):
                 skipped = _without_requests(segments[position:start], reads[position:start])
                 before, memory, model = self._run(model, skipped, memory)
             _fill(reads, before, position)
-            # the first memory of rows that begin later is inside of the limit, and learns
-            memory = torch.where(late[:, None, None], first, memory)
+            if start and late is not None:
+                # the first memory of rows that begin later is inside of the limit, and learns
+                memory = torch.where(late[:, None, None], first, memory)
             position = start
             window = [
                 replace(segment, request=None) if segment.has_loss and place != index else segment
@@ -282,16 +284,17 @@ class RecurrentCore(nn.Module):
         return after, _Read(stepped.output, share), stepped.reader
 
 
-def _without_rows(rows: Tensor, segments: Sequence[Segment]) -> Tensor:
+def _without_rows(rows: Tensor | None, segments: Sequence[Segment]) -> Tensor | None:
     """Take the rows of segments out of a mask of rows.
 
     Returns:
-        The mask that is left.
+        The mask that is left; `None` if no row is.
     """
     for segment in segments:
-        read = segment.rows
-        rows = torch.zeros_like(rows) if read is None else rows.index_fill(0, read, value=False)
-    return rows
+        if rows is None or segment.rows is None:
+            return None
+        rows = rows.index_fill(0, segment.rows, value=False)
+    return rows if rows is not None and bool(rows.any()) else None
 
 
 def _without_requests(segments: Sequence[Segment], known: Sequence[_Read | None]) -> list[Segment]:

@@ -70,13 +70,6 @@ class RecurrentMemoryConfig:
             if getattr(self, name) < 0:
                 msg = f"{name} must be at least 0, got {getattr(self, name)}."
                 raise ValueError(msg)
-        for name, nothing in (("update", "replace"), ("normalize_memory", False), ("noise", 0.0)):
-            if self.num_memory_tokens == 0 and getattr(self, name) != nothing:
-                msg = (
-                    f"{name} has no effect with num_memory_tokens=0, got "
-                    f"{getattr(self, name)!r}. Leave it out."
-                )
-                raise ValueError(msg)
         for name, default in (("gate_bias_init", -2.0), ("gate_noise", 1.0)):
             if getattr(self, name) != default and self.update != "gated":
                 msg = (

@@ -57,7 +57,9 @@ def read_tokens(
             then. Of a single column on a device, the device checks it.
     """
     words = len(model.input_embedding().weight)
-    require_arguments(input_ids, words, document_start=document_start, num_tokens=num_tokens)
+    require_arguments(
+        input_ids, words, least=0, document_start=document_start, num_tokens=num_tokens
+    )
     batch, width = input_ids.shape
     device = input_ids.device
     left = num_tokens if num_tokens is not None else torch.full((batch,), width, device=device)

@@ -228,8 +228,8 @@ class ResumableTrainer(Trainer, ABC):  # type: ignore[misc]
     def _renew_rate(self) -> None:
         """Let a change of the schedule hold from the next step on."""
         schedule = self.lr_scheduler
-        assert self.optimizer is not None
-        assert schedule is not None
+        if schedule is None or self.optimizer is None:  # not trained yet
+            return
         rates = [
             base * share(schedule.last_epoch)
             for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
