@@ -51,7 +51,7 @@ def _has_shape(function):
 jaxtyping._import_hook.JaxtypingTransformer = _Shapes
 
 # calls of a function in a test whose shapes are checked: a loop brings the shapes of its first
-# rounds again, and checking all of them took a third of the time of all tests. Examples of
+# rounds again, and checking all of them took a quarter of the time. Examples of
 # Hypothesis differ in their shapes: there all calls are checked
 _CHECKED_CALLS = 8
 _tests_begun = 0
