@@ -6,6 +6,7 @@ from transformers import GenerationConfig
 
 from byheart import KnnMemoryConfig, generate, read_tokens
 from byheart.adapters.attach import attach
+from byheart.adapters.memory_generate import memory_in_sight
 
 SEGMENT = 7
 
@@ -124,6 +125,16 @@ def test_single_tokens_can_be_kept_out(tiny_model, draw):
         {"sequence_bias": [[[first], -100.0]]},
     ):
         assert first not in memory_model.generate(ids, **OPTIONS, **option)[0, 17:]
+
+
+def test_rows_that_belong_to_no_row_of_the_state_are_refused(tiny_model, draw):
+    memory_model = opened(tiny_model("llama"))
+    state = memory_model.new_state(2)
+    with (
+        memory_in_sight(memory_model, state),
+        pytest.raises(ValueError, match="got 3 rows for 2 of the state"),
+    ):
+        memory_model.model(draw(3, 5), attention_mask=torch.ones(3, 5).long())
 
 
 def test_samples_of_a_row_read_its_memory(tiny_model, draw):

@@ -250,7 +250,14 @@ def _with_memory(memory_model: MemoryModel, state: MemoryState) -> Callable[...,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = (*args[:1], kwargs.get("inputs_embeds"), kwargs.get("input_ids"))
         tokens = next(inputs for inputs in given if inputs is not None)
-        copies = tokens.shape[0] // state.batch_size
+        copies, left = divmod(tokens.shape[0], state.batch_size)
+        if left:
+            msg = (
+                "Rows that read a memory must be as many copies of each row of the state, side by "
+                f"side, as beams are; got {tokens.shape[0]} rows for {state.batch_size} of the "
+                "state. Use generate without what changes its rows."
+            )
+            raise ValueError(msg)
         columns = kwargs.get("position_ids")
         if columns is None:
             columns = (kwargs["attention_mask"].cumsum(1) - 1).clamp(min=0)
