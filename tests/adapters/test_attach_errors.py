@@ -310,6 +310,8 @@ def test_joint_softmax_and_dropout_are_refused(tiny_model, draw):
         ),
         ({"max_new_tokens": 3, "guidance_scale": 1.5}, "guidance_scale looks at the whole prompt"),
         ({"max_new_tokens": 3, "bad_words_ids": [[3, 4]]}, "bad_words_ids looks at the whole"),
+        ({"max_new_tokens": 3, "bad_words_ids": [5]}, r"bad_words_ids looks at .* got \[5\]"),
+        ({"max_new_tokens": 3, "sequence_bias": [5]}, r"sequence_bias looks at .* got \[5\]"),
         ({"max_new_tokens": 3, "sequence_bias": {(3, 4): 1.0}}, "sequence_bias looks at the"),
         ({"max_new_tokens": 3, "forced_bos_token_id": 3}, "forced_bos_token_id looks at the"),
         ({"max_new_tokens": 3, "token_healing": True}, "token_healing looks at the whole prompt"),

@@ -271,6 +271,18 @@ def test_labels_under_padding_are_not_read(decoder, draw):
         decoder(ids, attention_mask=mask, labels=labels)
 
 
+def test_padding_of_the_text_hides_no_wrong_answer(tiny_model, wrap, draw):
+    memory_model, ids = wrap(tiny_model("t5")), draw(2, 9)
+    mask = torch.ones_like(ids)
+    mask[:, 5:] = 0
+    labels = ids.clone()
+    labels[1, 7] = 43
+    with pytest.raises(
+        ValueError, match="labels must be between 0 and 42, or -100 for none, got 43"
+    ):
+        memory_model(ids, attention_mask=mask, labels=labels)
+
+
 @pytest.mark.parametrize("token", [43, -1])
 def test_unknown_tokens_are_refused(token, decoder, draw):
     ids = draw(2, 9)

@@ -86,7 +86,7 @@ def test_each_loss_reaches_bptt_depth_segments(depth, replay, tiny_model, wrap):
         assert bool(memory.any()) == (first == 0)
 
 
-@pytest.mark.parametrize("lengths", [(31, 31), (31, 9), (1, 31)])
+@pytest.mark.parametrize("lengths", [(31, 31), (31, 9), (1, 31), (31, 0)])
 def test_a_first_memory_beyond_the_depth_has_no_gradient_at_all(lengths, tiny_model, wrap, draw):
     # zeros would let an optimizer go on by its momentum, and keep the graphs of all segments
     memory_model = wrap(tiny_model("gpt2"), bptt_depth=2)

@@ -17,7 +17,7 @@ IDS = torch.zeros(3, 5, dtype=torch.long)
         ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be a tensor of integers, got list"),
         ({"input_ids": IDS.float()}, TypeError, "tensor of integers, got torch.float32"),
         ({"input_ids": IDS[0]}, ValueError, r"\[batch, tokens\] .* got shape \[5\]. Use input_ids"),
-        ({"input_ids": IDS[:, :0]}, ValueError, r"at least 1 tokens, got shape \[3, 0\]"),
+        ({"input_ids": IDS[:, :0]}, ValueError, r"at least one token, got shape \[3, 0\]"),
         ({"input_ids": IDS + 9}, ValueError, "input_ids must be between 0 and 8, got 9"),
         ({"input_ids": IDS - 1}, ValueError, "input_ids must be between 0 and 8, got -1"),
         (
@@ -78,6 +78,8 @@ check(lambda: byheart.attach(llama, knn=knn, segment_length=7.5), "number of at 
 recurrent = byheart.RecurrentMemory(llama, byheart.RecurrentMemoryConfig(segment_length=7))
 for labels in ("labels", "targets"):
     check(lambda: recurrent(ids, **{labels: ids + 31}), labels + " must be between 0 and 30, or")
+check(lambda: recurrent(ids, labels=[[1]]), "labels must be a tensor of integers, got list")
+check(lambda: recurrent(ids, labels=ids.float()), "tensor of integers, got torch.float32")
 check(lambda: recurrent([[1]]), "input_ids must be a tensor, got list")
 check(lambda: recurrent(ids, state=ids), "state must be a RecurrentState, got Tensor")
 check(lambda: recurrent(ids, document_start=ids[:, 0]), "must have one boolean per row, [3]")

@@ -1,6 +1,7 @@
 """How memory is put on a pretrained decoder."""
 
 import math
+import operator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -46,10 +47,15 @@ class AttachConfig:
             raise TypeError(msg)
         for name, least in (("xl_cache_length", 0), ("segment_length", 1)):
             value = getattr(self, name)
-            is_whole = hasattr(value, "__index__") and not isinstance(value, bool)
-            if not is_whole or value < least:
+            try:
+                whole = -1 if isinstance(value, bool) else operator.index(value)
+            except TypeError:
+                whole = -1
+            if whole < least:
                 msg = f"{name} must be a whole number of at least {least}, got {value}."
                 raise ValueError(msg)
+            # files hold plain numbers
+            object.__setattr__(self, name, whole)
         if self.scale_init is not None and not 0 < self.scale_init < math.inf:
             msg = f"scale_init must be above 0, got {self.scale_init}. None takes the model's."
             raise ValueError(msg)

@@ -230,7 +230,7 @@ def _require_same_lengths(
     """Refuse a model that rotates, and scales by the place in the document besides.
 
     Places are counted anew in each segment, which only distances survive. A scale that begins
-    behind the last place of a segment and its XL cache is never met.
+    behind the last place of a segment and its XL cache is not met in segments.
 
     Raises:
         ValueError: If queries or keys are longer at that place.

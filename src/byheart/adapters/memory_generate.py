@@ -160,8 +160,10 @@ def _is_of_single_tokens(name: str, given: Any) -> bool:
     if name not in ("bad_words_ids", "sequence_bias"):
         return False
     # a list of sequences, a dictionary by sequence, or a list of sequences with their bias
-    are_pairs = name == "sequence_bias" and not isinstance(given, dict)
-    return all(len(entry[0] if are_pairs else entry) == 1 for entry in given)
+    entries = list(given)
+    if name == "sequence_bias" and not isinstance(given, dict):
+        entries = [entry[0] if isinstance(entry, list | tuple) else entry for entry in given]
+    return all(isinstance(entry, list | tuple) and len(entry) == 1 for entry in entries)
 
 
 def _check_positions(

@@ -96,13 +96,15 @@ def require_known_labels(
     Raises:
         ValueError: If there are such labels.
     """
-    if model_kind(model) == "encoder":
-        return
+    kind = model_kind(model)
     for name, ids in labels.items():
-        if ids is not None and attention_mask is not None and attention_mask.shape == ids.shape:
-            ids = ids.masked_fill(attention_mask == 0, IGNORED)
-        if ids is not None:
-            require_words(name, ids, output_size(model), may_ignore=True)
+        if ids is None or kind == "encoder":
+            continue
+        # labels of a decoder are about its text
+        mask = attention_mask if kind == "decoder" and isinstance(attention_mask, Tensor) else None
+        if mask is not None and isinstance(ids, Tensor) and mask.shape == ids.shape:
+            ids = ids.masked_fill(mask == 0, IGNORED)
+        require_words(name, ids, output_size(model), may_ignore=True)
 
 
 def _require_nothing_attached(model: PreTrainedModel) -> None:

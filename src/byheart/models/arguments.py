@@ -37,8 +37,9 @@ def require_arguments(
     _require_type("input_ids", input_ids)
     shape = tuple(input_ids.shape)
     if len(shape) != 2 or shape[1] < least:
+        some = " with at least one token" if least else ""
         msg = (
-            f"input_ids must be [batch, tokens] with at least {least} tokens, got shape "
+            f"input_ids must be [batch, tokens]{some}, got shape "
             f"{list(shape)}. Use input_ids[None] for a single row."
         )
         raise ValueError(msg)
@@ -68,8 +69,10 @@ def require_words(name: str, ids: Tensor, vocab_size: int, *, may_ignore: bool =
         may_ignore: Whether -100 stands for none.
 
     Raises:
+        TypeError: If they are no tensor of integers.
         ValueError: If there are others.
     """
+    _require_type(name, ids)
     if not known.values_are_known(ids) or not ids.numel():
         return
     ids = ids.long()  # the number of words may be beyond the type

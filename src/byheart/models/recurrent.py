@@ -202,22 +202,24 @@ class RecurrentCore(nn.Module):
         if depth is None or depth >= len(segments) or not torch.is_grad_enabled() or not losses:
             return self._run(model, segments, memory, is_whole=True)
         reads: list[_Read | None] = [None] * len(segments)
-        first: Tensor = memory
-        late: Tensor | None = torch.ones(len(memory), dtype=torch.bool, device=memory.device)
+        first, begun, rows = memory, set[int](), _rows_of(segments, len(memory))
         position = 0  # `memory` and `model` are those before this segment, `ahead` those after it
         ahead: _Run | None = None
         for index in losses:
             start = max(0, index + 1 - depth)
-            late = _without_rows(late, segments[position:start])
+            begun.update(*rows[position:start])
             if start > position and ahead is not None:
                 position, memory, model = position + 1, ahead.memory.detach(), ahead.reader
             with torch.no_grad():
                 skipped = _without_requests(segments[position:start], reads[position:start])
                 before, memory, model = self._run(model, skipped, memory)
             _fill(reads, before, position)
-            if start and late is not None:
-                # the first memory of rows that begin later is inside of the limit, and learns
-                memory = torch.where(late[:, None, None], first, memory)
+            late = sorted(set().union(*rows[start : index + 1]) - begun)
+            if start and late:
+                # the first memory of rows that begin here is inside of the limit, and learns
+                is_late = torch.zeros(len(memory), dtype=torch.bool)
+                is_late[late] = True
+                memory = torch.where(is_late.to(memory.device)[:, None, None], first, memory)
             position = start
             window = [
                 replace(segment, request=None) if segment.has_loss and place != index else segment
@@ -284,17 +286,16 @@ class RecurrentCore(nn.Module):
         return after, _Read(stepped.output, share), stepped.reader
 
 
-def _without_rows(rows: Tensor | None, segments: Sequence[Segment]) -> Tensor | None:
-    """Take the rows of segments out of a mask of rows.
+def _rows_of(segments: Sequence[Segment], batch_size: int) -> list[set[int]]:
+    """Say which rows read each segment.
 
     Returns:
-        The mask that is left; `None` if no row is.
+        Their numbers.
     """
-    for segment in segments:
-        if rows is None or segment.rows is None:
-            return None
-        rows = rows.index_fill(0, segment.rows, value=False)
-    return rows if rows is not None and bool(rows.any()) else None
+    everybody = set(range(batch_size))
+    return [
+        everybody if segment.rows is None else set(segment.rows.tolist()) for segment in segments
+    ]
 
 
 def _without_requests(segments: Sequence[Segment], known: Sequence[_Read | None]) -> list[Segment]:
