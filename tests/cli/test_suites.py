@@ -90,12 +90,19 @@ def test_tasks_of_the_harness(command, run_dir, tmp_path, monkeypatch):
             ["--suite", "babi", "--stories", "nope.txt"], 1,
             "Stories must be in an existing file, JSON lines or bAbI's own, got 'nope.txt'",
         ),
-        (["--suite", "lm-eval", "--tasks", "no-such"], 1, "must be names of lm-eval's tasks"),
+        (
+            ["--suite", "lm-eval", "--tasks", "own,wikitext,no-such", "--include-path", "TASKS"], 1,
+            "tasks must be names of lm-eval's tasks, got ['no-such']",
+        ),
         (["--suite", "needle"], 2, "needle"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(command, run_dir, documents, arguments, code, problem):
-    arguments = [documents if one == "DOCUMENTS" else one for one in arguments]
+def test_what_does_not_fit_is_refused(
+    command, run_dir, documents, tmp_path, arguments, code, problem
+):
+    (tmp_path / "own.yaml").write_text(TASK.format(data="questions.jsonl"))
+    paths = {"DOCUMENTS": documents, "TASKS": tmp_path}
+    arguments = [paths.get(one, one) for one in arguments]
     got, out, err = command("evaluate", run_dir, *arguments)
     assert got == code
     assert problem in err

@@ -197,21 +197,23 @@ def _harness(
     rows: int,
 ) -> tuple[dict[str, object], str]:
     # first, because it says what to install
-    from byheart.evaluation.harness import evaluate_with_harness
+    from byheart.evaluation.harness import evaluate_with_harness, find_tasks
 
     from lm_eval.utils import make_table  # isort: skip
 
     assert options.tasks is not None
     results: list[dict[str, Any]] = []
     tables = []
+    tasks = [task.strip() for task in options.tasks.split(",")]
+    manager = find_tasks(tasks, options.include_path)
     for memory_size in memory_sizes:
         found = evaluate_with_harness(
             trained.model,
             trained.tokenizer,
-            [task.strip() for task in options.tasks.split(",")],
+            tasks,
             num_fewshot=options.few_shot,
             limit=options.limit,
-            include_path=options.include_path,
+            manager=manager,
             rows=rows,
             memory_size=memory_size,
         )

@@ -23,7 +23,7 @@ except ImportError as err:
     msg = "The suite lm-eval needs EleutherAI's lm-eval. Install it: pip install 'byheart[eval]'."
     raise ImportError(msg) from err
 
-__all__ = ["HarnessModel", "evaluate_with_harness"]
+__all__ = ["HarnessModel", "evaluate_with_harness", "find_tasks"]
 
 # tokens generated between two looks for a stop text
 _TOKENS_AT_ONCE = 16
@@ -194,6 +194,35 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return self._tokens.decode(new)
 
 
+def find_tasks(tasks: Sequence[str], include_path: Path | None = None) -> TaskManager:
+    """Find tasks by their names.
+
+    The harness's own are thousands of files, which takes it ten seconds to look through. That is
+    done only if one is asked for that `include_path` does not have.
+
+    Args:
+        tasks: Names of tasks.
+        include_path: Folder with more tasks.
+
+    Returns:
+        What knows them, for any number of calls of `evaluate_with_harness`.
+
+    Raises:
+        ValueError: If there is no such task.
+    """
+    if include_path is not None:
+        manager = TaskManager(include_path=str(include_path), include_defaults=False)
+        # groups and patterns may mean tasks of the harness, too
+        if set(tasks) <= set(manager.all_subtasks):
+            return manager
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        msg = f"tasks must be names of lm-eval's tasks, got {unknown}. See: lm-eval ls tasks"
+        raise ValueError(msg)
+    return manager
+
+
 def evaluate_with_harness(
     model: SegmentModel,
     tokenizer: Tokenizer,
@@ -201,7 +230,7 @@ def evaluate_with_harness(
     *,
     num_fewshot: int | None = None,
     limit: int | None = None,
-    include_path: Path | None = None,
+    manager: TaskManager | None = None,
     rows: int = 8,
     memory_size: int | None = None,
 ) -> dict[str, Any]:
@@ -213,21 +242,15 @@ def evaluate_with_harness(
         tasks: Names of tasks.
         num_fewshot: Solved examples before each question; `None` for what the task says.
         limit: Only the first so many questions of each task.
-        include_path: Folder with more tasks.
+        manager: Tasks to choose from, as `find_tasks` gives them; `None` for the harness's own.
         rows: Texts read side by side.
         memory_size: Entries per row and head of the kNN memory; `None` for what the model has.
 
     Returns:
         What the harness's `simple_evaluate` gives: `results`, `versions`, `n-samples` and more.
 
-    Raises:
-        ValueError: If there is no such task.
     """
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        msg = f"tasks must be names of lm-eval's tasks, got {unknown}. See: lm-eval ls tasks"
-        raise ValueError(msg)
+    manager = manager or find_tasks(tasks)
     lm = HarnessModel(model, tokenizer, rows=rows, memory_size=memory_size)
     found: dict[str, Any] = simple_evaluate(
         model=lm,
