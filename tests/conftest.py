@@ -1,6 +1,7 @@
 """Settings of the whole suite: poisoned memory, one thread, a fixed seed per test."""
 
 import ast
+import collections
 import functools
 import hashlib
 import inspect
@@ -50,12 +51,16 @@ def _has_shape(function):
 
 jaxtyping._import_hook.JaxtypingTransformer = _Shapes
 
-# calls of a function in a test whose shapes are checked: a loop brings the shapes of its first
-# rounds again, and checking all of them took a quarter of the time. Examples of
-# Hypothesis differ in their shapes: there all calls are checked
+# calls of a function in a test whose shapes are checked, and cases of a test: a loop brings the
+# shapes of its first rounds again, and a test of all families of models those of the first few.
+# Checking all of them took a quarter of the time. Examples of Hypothesis differ in their shapes:
+# there all calls are checked
 _CHECKED_CALLS = 8
+_CHECKED_CASES = 8
+_cases_begun = collections.Counter()
 _tests_begun = 0
 _checks_all = False
+_checked_calls = _CHECKED_CALLS
 _jaxtyped = jaxtyping.jaxtyped
 
 
@@ -73,7 +78,7 @@ def _jaxtyped_at_first(fn=None, *, typechecker):
         if test != _tests_begun:
             test, calls = _tests_begun, 0
         calls += 1
-        return (checked if _checks_all or calls <= _CHECKED_CALLS else fn)(*args, **kwargs)
+        return (checked if _checks_all or calls <= _checked_calls else fn)(*args, **kwargs)
 
     return either
 
@@ -95,8 +100,11 @@ settings.load_profile("byheart")
 
 @pytest.fixture(autouse=True)
 def _fixed_seed(request) -> None:
-    global _tests_begun, _checks_all
+    global _tests_begun, _checks_all, _checked_calls
     _tests_begun += 1
+    test = request.node.nodeid.partition("[")[0]
+    _cases_begun[test] += 1
+    _checked_calls = _CHECKED_CALLS if _cases_begun[test] <= _CHECKED_CASES else 0
     _checks_all = hasattr(getattr(request.node, "obj", None), "hypothesis")
     torch.manual_seed(0)
 

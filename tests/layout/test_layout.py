@@ -101,23 +101,29 @@ reader(ids, labels=ids).loss.backward()
 """
 
 
+def run_blocks(blocks, folder, *options):
+    """Run examples one after the other, each with names of its own; torch is imported once."""
+    code = (
+        "import sys\n"
+        "for number, block in enumerate(sys.argv[1:]):\n"
+        "    exec(compile(block, f'example {number}', 'exec'), {'__name__': '__main__'})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "error", *options, "-c", code, *blocks],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_readme_examples_run(tmp_path):
     blocks = python_blocks(ROOT / "README.md")
     assert len(blocks) == 3
-    names = tiny_checkpoints(tmp_path)
-    for block in blocks:
-        for name, local in names.items():
-            block = block.replace(name, local)
-        if "classifier" in block:
-            block += READ_TEXTS
-        result = subprocess.run(
-            [sys.executable, "-W", "error", "-c", block],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-        )
-        assert result.returncode == 0, result.stderr
+    for name, local in tiny_checkpoints(tmp_path).items():
+        blocks = [block.replace(name, local) for block in blocks]
+    run_blocks([b + READ_TEXTS if "classifier" in b else b for b in blocks], tmp_path)
 
 
 def test_the_examples_of_attach_run(tmp_path):
@@ -127,28 +133,13 @@ def test_the_examples_of_attach_run(tmp_path):
     code = "\n".join(blocks).replace("meta-llama/Llama-3.2-1B", "llama")
     # PEFT 0.21 asks transformers 5.23 by the older of two names
     allowed = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-W", allowed, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
+    run_blocks([code], tmp_path, "-W", allowed)
 
 
-@pytest.mark.parametrize("number", range(4))
-def test_the_examples_of_recurrent_memory_run(number, tmp_path):
+def test_the_examples_of_recurrent_memory_run(tmp_path):
     blocks = python_blocks(ROOT / "docs" / "recurrent-memory.md")
     assert len(blocks) == 4
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", blocks[number]],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stderr
+    run_blocks(blocks, tmp_path)
 
 
 def test_links_inside_the_documentation_exist():
