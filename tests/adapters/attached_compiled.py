@@ -4,6 +4,7 @@ Those checks wrap every function with annotations, which compilers cannot see th
 """
 
 import sys
+from pathlib import Path
 
 import torch
 import transformers
@@ -19,13 +20,13 @@ FAMILIES = {
 }
 
 
-def make(family, cache):
+def make(family, layers, cache):
     torch.manual_seed(0)
     config, model = (getattr(transformers, name) for name in FAMILIES[family])
-    widths = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    widths = {"hidden_size": 16, "num_hidden_layers": layers, "num_attention_heads": 4}
     if family != "gpt2":
         widths |= {"intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 8}
-    knn = KnnMemoryConfig(layers=(1,), memory_size=17, top_k=5, age_slope=0.5)
+    knn = KnnMemoryConfig(layers=(layers - 1,), memory_size=17, top_k=5, age_slope=0.5)
     return attach(
         model(config(vocab_size=43, max_position_embeddings=64, **widths)).eval(),
         knn=knn, segment_length=SEGMENT, xl_cache_length=cache, gate_init=0.5,
@@ -45,6 +46,10 @@ def learn(memory_model):
 
 def use_kernels():
     """Search and attend by kernels from now on, whatever the device and whether they work on it."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
+    from interpreted import interpret_fast
+
+    interpret_fast()
 
     def uses_kernels(tensor, stored):
         return triton_door._works(tensor.device.index or 0, stored) or True
@@ -54,16 +59,24 @@ def use_kernels():
     search_plan.choose_plan = lambda *_: search_plan.Plan(8, 8)
 
 
-def main() -> None:
-    family, cache = sys.argv[1], int(sys.argv[2])
-    expected = learn(make(family, cache))
-    if sys.argv[3:] == ["kernels"]:
+def compare(family, layers, cache, *options):
+    expected = learn(make(family, layers, cache))
+    if options == ("kernels",):
         use_kernels()
-    memory_model = make(family, cache)
+    memory_model = make(family, layers, cache)
     model = memory_model.model
     model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     for mine, theirs in zip(learn(memory_model), expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+
+
+def main() -> None:
+    for case in sys.argv[1:]:
+        sys.stderr.write(f"{case}:\n")
+        family, layers, cache, *options = case.split(",")
+        # nothing compiled before is used again
+        torch.compiler.reset()
+        compare(family, int(layers), int(cache), *options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""One process of two, started by torchrun: a model with memory learns its own documents."""
+"""Two processes, in each of which a model with memory learns its own documents.
+
+They are forks of one that has imported everything, which takes longer than all that they do.
+"""
 
 import argparse
 import warnings
@@ -7,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import distributed
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,13 +34,10 @@ def segments_of(rank):
     return torch.randint(0, 43, (2, STEPS * SEGMENT), generator=generator).split(SEGMENT, 1)
 
 
-def main() -> None:
-    warnings.simplefilter("error")
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    distributed.init_process_group("gloo")
-    rank = distributed.get_rank()
+def run(rank, folder):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     memory_model = make_model()
     # the gate takes part in the first step, too, when the memory is empty
     parallel = DistributedDataParallel(memory_model)
@@ -55,6 +56,14 @@ def main() -> None:
     distributed.barrier()
     del parallel
     distributed.destroy_process_group()
+
+
+def main() -> None:
+    warnings.simplefilter("error")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    start_processes(run, (folder,), nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""One process of two, started by torchrun: gradients of its half of the batch, and their mean."""
+"""Two processes: gradients of their halves of a batch, and the mean of them.
+
+They are forks of one that has imported everything, which takes longer than all that they do.
+"""
 
 import argparse
 import json
@@ -8,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import distributed
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -36,18 +40,24 @@ def gradients(memory_model, rank, called=None):
     return {name: weight.grad.clone() for name, weight in memory_model.named_parameters()}
 
 
+def run(rank, folder, cases):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    for index, settings in enumerate(cases):
+        memory_model = make_model(settings)
+        mine = gradients(memory_model, rank, DistributedDataParallel(memory_model))
+        save_file(mine, folder / f"{index}-{rank}.safetensors")
+    distributed.destroy_process_group()
+
+
 def main() -> None:
     warnings.simplefilter("error")
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("settings", type=json.loads)
+    parser.add_argument("cases", type=json.loads)
     arguments = parser.parse_args()
-    distributed.init_process_group("gloo")
-    rank = distributed.get_rank()
-    memory_model = make_model(arguments.settings)
-    mine = gradients(memory_model, rank, DistributedDataParallel(memory_model))
-    save_file(mine, arguments.folder / f"{rank}.safetensors")
-    distributed.destroy_process_group()
+    start_processes(run, (arguments.folder, arguments.cases), nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compile the kernels for a GPU that is not there, as the launchers ask for it.
+"""Compile the kernels for GPUs that are not there, as the launchers ask for it.
 
 In a process of its own: the tests run kernels in Triton's interpreter, which is a choice per
 process. Nothing is launched. What a program needs of shared memory must fit into the device.
@@ -28,7 +28,8 @@ class NoDriver:
         return self.target
 
     def get_current_device(self):
-        return 0
+        # what is compiled for one is not used for another
+        return self.target.arch
 
     def get_current_stream(self, device):
         return 0
@@ -87,8 +88,7 @@ def attend(queries, stored, head_dim, top_k, *, biased=False):
     (output.float().sum() + logsumexp.sum()).backward()
 
 
-def main() -> None:
-    capability = int(sys.argv[1])
+def compile_for(capability):
     pretend(capability)
     search(torch.float32, torch.bfloat16, 64, 32, biased=True)
     search(torch.bfloat16, torch.bfloat16, 128, 8)
@@ -99,6 +99,12 @@ def main() -> None:
     if capability >= 89:
         search(torch.float32, torch.float8_e4m3fn, 64, 32)
         attend(torch.float32, torch.float8_e4m3fn, 64, 32)
+
+
+def main() -> None:
+    for capability in sys.argv[1:]:
+        sys.stderr.write(f"{capability}:\n")
+        compile_for(int(capability))
 
 
 if __name__ == "__main__":

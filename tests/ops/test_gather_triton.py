@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from interpreted import interpret_fast
 
 from byheart.ops import gather_triton, reference
 from byheart.ops.attention import EXCLUDED
@@ -12,6 +13,8 @@ from byheart.ops.search_select import EXCLUDED as EXCLUDED_SCORE
 CUDA = torch.cuda.is_available()
 # the interpreter of 3.6 fails with NumPy 2.4
 pytest.importorskip("triton", minversion="3.6" if CUDA else "3.7")
+if not CUDA:
+    interpret_fast()
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 pytestmark = [pytest.mark.gpu] if CUDA else []

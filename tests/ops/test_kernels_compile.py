@@ -10,15 +10,17 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.slow
 # one of each generation, and of the first the one with the least shared memory
-@pytest.mark.parametrize("capability", [86, 90, 100])
-def test_kernels_compile_and_fit_into_shared_memory(capability, tmp_path):
+CAPABILITIES = ("86", "90", "100")
+
+
+@pytest.mark.slow
+def test_kernels_compile_and_fit_into_shared_memory(tmp_path):
     script = Path(__file__).with_name("kernels_compiled.py")
     # the interpreter, which the tests choose, compiles nothing
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run(
-        [sys.executable, str(script), str(capability)],
+        [sys.executable, str(script), *CAPABILITIES],
         capture_output=True,
         text=True,
         check=False,

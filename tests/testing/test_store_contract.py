@@ -200,8 +200,8 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_contract_catches(mutant):
     case = store_contract(mutant.empty)
-    # a failure is not reduced here, only found
-    case.settings = settings(case.settings, phases=[Phase.generate])
+    # a failure is not reduced here, only found, in shorter sequences than those of a user's test
+    case.settings = settings(case.settings, phases=[Phase.generate], stateful_step_count=12)
     with pytest.raises((AssertionError, MemoryStateError), match=MUTANTS[mutant]):
         case("runTest").debug()
 
