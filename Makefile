@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.byheart-setup
+# bytecode of what is imported is made then: that of all 18,000 files takes over a minute
+QUICKLY := --quiet --no-compile
 
 # pairs of torch and transformers that must work: the oldest that pyproject.toml allows, and newer ones
 MATRIX ?= 2.11.0,5.17.0 2.13.0,5.17.0 2.13.0,5.23.0
@@ -13,8 +15,8 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install $(QUICKLY) -c constraints.txt torch
+	$(BIN)/python -m pip install $(QUICKLY) -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
 # trains a small model with a kNN memory on embedded real text, evaluates it, prints table and plot
@@ -40,7 +42,7 @@ test-matrix:
 	for pair in $(MATRIX); do \
 		torch=$${pair%,*} transformers=$${pair#*,} venv=$(VENV)-matrix/$$pair; \
 		$(PYTHON) -m venv $$venv && \
-		$$venv/bin/python -m pip install --quiet torch==$$torch transformers==$$transformers -e '.[dev]' && \
+		$$venv/bin/python -m pip install $(QUICKLY) torch==$$torch transformers==$$transformers -e '.[dev]' && \
 		echo "torch $$torch, transformers $$transformers" && \
 		OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -n 2 --dist worksteal || exit 1; \
 	done
