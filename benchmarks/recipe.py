@@ -24,14 +24,19 @@ from byheart.recipes import TASK_RECIPES
 from byheart.training.checkpoint import find_checkpoint
 from byheart.training.task_run import train_task
 
-SEGMENTS = {"reason": 1, "detect": 4}
-STAGE_STEPS = {"reason": 2000, "detect": 1000}
-CONTINUE_STEPS = {"reason": 0, "detect": 200}
-LENGTHS = {"reason": (1, 2), "detect": (4, 16, 64, 256)}
+SEGMENTS = {"reason": 1, "detect": 4, "memorize": 4}
+STAGE_STEPS = {"reason": 2000, "detect": 1000, "memorize": 1000}
+CONTINUE_STEPS = {"reason": 0, "detect": 200, "memorize": 200}
+LENGTHS = {"reason": (1, 2), "detect": (4, 16, 64, 256), "memorize": (4, 16, 64, 256)}
 """Segments of the documents that are measured in the end."""
 SAMPLES = 200
 """Documents of each length."""
 OUTCOME = "outcome.json"
+OF_STAGES = {
+    "BERT": ["encoder.architecture=bert"],
+    "documents of the stage's length alone": ["curriculum.lengths=stage"],
+    "the same rate in all stages": ["training.length_decay=0"],
+}
 SHARED = {
     "weights themselves, no running average": ["training.average_decay=0"],
     "no weight decay": ["training.weight_decay=0"],
@@ -51,9 +56,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     "detect": {
         "the recipe": [],
         "local layers, as in reason": ["encoder.num_local_layers=2"],
-        "BERT": ["encoder.architecture=bert"],
-        "documents of the stage's length alone": ["curriculum.lengths=stage"],
-        "the same rate in all stages": ["training.length_decay=0"],
+        **OF_STAGES,
         "no gates": [
             "memory.update=replace", "memory.gate_bias_init=-2.0", "training.write_cost=0",
         ],
@@ -64,6 +67,19 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "no namesakes in the background": ["task.namesakes=0"],
         "31 stories instead of 118": ["task.more_stories=false"],
         "strangers in the background": ["task.strangers=0.5"],
+        **SHARED,
+    },
+    "memorize": {
+        "the recipe": [],
+        **OF_STAGES,
+        "no steps after the last stage": ["curriculum.continue_steps=0"],
+        "gates, cost and burn-in, as in detect": [
+            "memory.update=gated", "memory.gate_bias_init=2.0", "training.write_cost=0.3",
+            "curriculum.burn_in_segments=1024",
+        ],
+        "noise of 0.3 on the memory": ["memory.noise=0.3"],
+        "no fragments of facts in the background": ["task.fragments=0"],
+        "118 stories instead of 31": ["task.more_stories=true"],
         **SHARED,
     },
 }  # fmt: skip
