@@ -248,7 +248,6 @@ def evaluate_with_harness(
 
     Returns:
         What the harness's `simple_evaluate` gives: `results`, `versions`, `n-samples` and more.
-
     """
     manager = manager or find_tasks(tasks)
     lm = HarnessModel(model, tokenizer, rows=rows, memory_size=memory_size)
