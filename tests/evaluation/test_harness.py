@@ -157,7 +157,10 @@ def test_the_harness_runs_tasks_and_counts(make_decoder, tasks):
     assert found["n-samples"]["own_choice"]["effective"] == 3
 
 
-def test_a_missing_start_token_is_refused(make_decoder, tmp_path):
+def test_unknown_tasks_and_a_missing_start_token_are_refused(make_decoder, tasks, tmp_path):
+    manager = find_tasks(["own_choice"], tasks)
+    with pytest.raises(ValueError, match=r"tasks must be names of lm-eval's tasks, got \['nope'\]"):
+        evaluate_with_harness(make_decoder(), TOKENIZER, ["own_choice", "nope"], manager=manager)
     BpeTokenizer.train(["some words " * 30], 257).save(tmp_path)
     file = tmp_path / "tokenizer.json"
     file.write_text(file.read_text().replace("<|start|>", "<|other|>"))

@@ -216,10 +216,7 @@ def find_tasks(tasks: Sequence[str], include_path: Path | None = None) -> TaskMa
         if set(tasks) <= set(manager.all_subtasks):
             return manager
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        msg = f"tasks must be names of lm-eval's tasks, got {unknown}. See: lm-eval ls tasks"
-        raise ValueError(msg)
+    _require_tasks(manager, tasks)
     return manager
 
 
@@ -248,8 +245,13 @@ def evaluate_with_harness(
 
     Returns:
         What the harness's `simple_evaluate` gives: `results`, `versions`, `n-samples` and more.
+
+    Raises:
+        ValueError: If there is no such task.
     """
-    manager = manager or find_tasks(tasks)
+    if manager is None:
+        manager = find_tasks(tasks)
+    _require_tasks(manager, tasks)
     lm = HarnessModel(model, tokenizer, rows=rows, memory_size=memory_size)
     found: dict[str, Any] = simple_evaluate(
         model=lm,
@@ -260,6 +262,13 @@ def evaluate_with_harness(
         log_samples=False,
     )
     return found
+
+
+def _require_tasks(manager: TaskManager, tasks: Sequence[str]) -> None:
+    unknown = [task for task in tasks if not manager.match_tasks([task])]
+    if unknown:
+        msg = f"tasks must be names of lm-eval's tasks, got {unknown}. See: lm-eval ls tasks"
+        raise ValueError(msg)
 
 
 class _Ids:
