@@ -51,13 +51,13 @@ def _has_shape(function):
 
 jaxtyping._import_hook.JaxtypingTransformer = _Shapes
 
-# calls of a function in a test whose shapes are checked, and cases of a test: a loop brings the
-# shapes of its first rounds again, and a test of all families of models those of the first few.
-# Checking all of them took a quarter of the time. Examples of Hypothesis differ in their shapes:
-# there all calls are checked
+# calls of a function in a test whose shapes are checked, and cases of a test, evenly chosen among
+# all: a loop brings the shapes of its first rounds again, and so does one family of models those of
+# another. Checking all of them took a quarter of the time. Examples of Hypothesis differ in their
+# shapes: there all calls are checked
 _CHECKED_CALLS = 8
-_CHECKED_CASES = 8
-_cases_begun = collections.Counter()
+_CHECKED_CASES = 16
+_IS_CHECKED = pytest.StashKey[bool]()
 _tests_begun = 0
 _checks_all = False
 _checked_calls = _CHECKED_CALLS
@@ -102,9 +102,7 @@ settings.load_profile("byheart")
 def _fixed_seed(request) -> None:
     global _tests_begun, _checks_all, _checked_calls
     _tests_begun += 1
-    test = request.node.nodeid.partition("[")[0]
-    _cases_begun[test] += 1
-    _checked_calls = _CHECKED_CALLS if _cases_begun[test] <= _CHECKED_CASES else 0
+    _checked_calls = _CHECKED_CALLS if request.node.stash[_IS_CHECKED] else 0
     _checks_all = hasattr(getattr(request.node, "obj", None), "hypothesis")
     torch.manual_seed(0)
 
@@ -126,3 +124,18 @@ def _poisoned_memory(request):
 
 def pytest_configure():
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    # by their places in the suite: the same cases in every run, whichever process has them
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    for ones in cases.values():
+        for place, item in enumerate(ones):
+            chosen = (
+                place * _CHECKED_CASES // len(ones),
+                (place - 1) * _CHECKED_CASES // len(ones),
+            )
+            item.stash[_IS_CHECKED] = chosen[0] != chosen[1]

@@ -53,6 +53,8 @@ def test_compiled_without_a_break_it_computes_the_same():
     command = [sys.executable, str(HERE / "attached_compiled.py"), *cases]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
+    if not interprets_kernels():
+        pytest.skip("all but kernels was checked: they need Triton 3.7, and no GPU")
 
 
 # PEFT 0.21 asks transformers 5.23 by the older of two names

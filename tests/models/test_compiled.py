@@ -14,8 +14,8 @@ SCRIPT = Path(__file__).parent / "compiled_steps.py"
 # for seconds
 TRAINING = ("known,joint,11", "whole,content gate,0", "unknown,gate,7")
 DECODING = ("decode,gate,7", "decode,joint,11", "decode,whole memory,0")
-# Inductor needs a C++ compiler
-CHECKS = ("protection", "in place") if shutil.which("c++") else ("protection",)
+HAS_COMPILER = shutil.which("c++") is not None
+CHECKS = ("protection", "in place") if HAS_COMPILER else ("protection",)
 
 
 @pytest.mark.slow
@@ -24,3 +24,5 @@ def test_compiled_steps_compute_the_same_refuse_the_same_and_write_in_place():
     command = [sys.executable, str(SCRIPT), *TRAINING, *DECODING, *CHECKS]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
+    if not HAS_COMPILER:
+        pytest.skip("all but writing in place was checked: Inductor needs a C++ compiler")

@@ -28,15 +28,14 @@ def _python(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(("kind", "kills"), [((), 20), (("--task",), 12)])
-def test_run_killed_at_many_random_moments_equals_the_uninterrupted_one(tmp_path, kind, kills):
+@pytest.mark.parametrize("kind", [(), ("--task",)])
+def test_run_killed_at_twenty_random_moments_equals_the_uninterrupted_one(tmp_path, kind):
     script = str(_HERE / "kill_and_resume.py")
-    arguments = [script, str(tmp_path), "--kills", str(kills), "--seed", "0", *kind]
-    summary = json.loads(_python(*arguments))
-    assert summary["kills"] == kills
+    summary = json.loads(_python(script, str(tmp_path), "--kills", "20", "--seed", "0", *kind))
+    assert summary["kills"] == 20
     # it compares losses, weights and result itself
     assert summary["finished"] >= 1
-    assert 2 <= summary["saving"] <= kills - 2, summary
+    assert 3 <= summary["saving"] <= 17, summary
 
 
 def test_two_processes_equal_one_with_all_rows(tmp_path):
