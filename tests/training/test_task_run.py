@@ -176,19 +176,25 @@ def test_without_its_curriculum_the_resumed_run_would_be_another(whole, tmp_path
 
 
 def test_what_was_read_before_is_resumed_and_changes_what_is_learned(tmp_path):
-    found = {}
+    found, num_tokens = {}, {}
     for burn_in_segments in (0, 9):
         run = task_run(
             curriculum={
                 "burn_in_segments": burn_in_segments, "burn_in_rows": 2, "burn_in_share": 1.0,
                 "continue_steps": 6,
             },
-            training={"keep_checkpoints": 9, "save_every": 2},
+            training={"keep_checkpoints": 9, "save_every": 2, "log_every": 1},
         )  # fmt: skip
         out = tmp_path / str(burn_in_segments)
-        train_task(run, out)
+        result = train_task(run, out)
         found[burn_in_segments] = weights_of(out)
+        lines = [line for line in metrics_of(out) if "num_tokens" in line]
+        num_tokens[burn_in_segments] = lines[-1]["num_tokens"]
     assert found[0] != found[9]
+    # each of the two beginnings of a step is read once
+    last = range(result.curriculum.saturated_at, result.steps)
+    num_before = sum(result.curriculum.num_burn_in(run.training.seed, step) for step in last)
+    assert num_tokens[9] - num_tokens[0] == 2 * num_before * run.segment_length > 0
     shutil.rmtree(out / f"checkpoint-{steps_of(out)[-1]}")
     shutil.rmtree(out / f"checkpoint-{steps_of(out)[-1]}")
     before = numbers_of(out)

@@ -29,7 +29,7 @@ def draw_documents(
     seed: int,
     step: int,
     precision: _Precision,
-) -> tuple[list[TaskSample], RecurrentState | None]:
+) -> tuple[list[TaskSample], RecurrentState | None, int]:
     """Draw the documents of a step.
 
     Args:
@@ -42,12 +42,12 @@ def draw_documents(
         precision: Of the matrix products.
 
     Returns:
-        The documents, and what was read before them; `None` for nothing.
+        The documents, the state before them, `None` for a new one, and the tokens read for it.
     """
     num_segments = curriculum.num_segments(seed, step)
     burn_in_segments = curriculum.num_burn_in(seed, step)
     if not burn_in_segments:
-        return [task.sample(index, num_segments) for index in indices], None
+        return [task.sample(index, num_segments) for index in indices], None, 0
     documents = draw_burn_in(
         task,
         indices,
@@ -56,7 +56,8 @@ def draw_documents(
         burn_in_segments=burn_in_segments,
         num_segments=num_segments,
     )
-    return documents.endings, read_beginnings(memory_model, documents, precision=precision)
+    state = read_beginnings(memory_model, documents, precision=precision)
+    return documents.endings, state, sum(b.num_tokens for b in documents.beginnings)
 
 
 @torch.no_grad()

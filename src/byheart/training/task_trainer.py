@@ -132,7 +132,7 @@ class TaskTrainer(ResumableTrainer):
             Mean loss of the documents.
         """
         assert not return_outputs
-        samples, state = draw_documents(
+        samples, state, num_read_before = draw_documents(
             self.memory_model,
             self._documents[0],
             inputs["index"].tolist(),
@@ -145,7 +145,7 @@ class TaskTrainer(ResumableTrainer):
         out = model(**batch, state=state)
         loss: Tensor = out.loss
         count = torch.tensor(len(samples), device=self.args.device)
-        self._meter.add(loss * count, count, batch["attention_mask"].sum())
+        self._meter.add(loss * count, count, batch["attention_mask"].sum() + num_read_before)
         if out.write_share is not None:
             self._write_shares.append(out.write_share.detach())
         cost = self.run.training.write_cost
