@@ -118,6 +118,30 @@ def test_fragments_tell_all_but_the_person_and_never_follow_one(words, write_lin
     assert whole_predicates > 5
 
 
+def test_no_fragment_makes_a_fact_of_a_name_behind_a_quotation_mark_or_a_new_line(write_lines):
+    rng = np.random.default_rng(0)
+    words = [f"{before}{name}" for before in ("\n\n", " \u201c", " ", ' "') for name in NAMED]
+    words += [" and then there was more", " of it", " in the garden"]
+    stories = write_lines({"text": "".join(rng.choice(words, size=3000))})
+    config = TaskConfig(name="detect", segment_length=31, fragments=4.0, background=stories)
+    # with other tokens for a name behind something else
+    tokenizer = train_task_tokenizer(config, 1024)
+    task = Task(config, tokenizer, split="train")
+    pattern = re.compile(rf"({'|'.join(NAMED)}) ({'|'.join(VERBS)}) to the ({'|'.join(ROOMS)})")
+
+    def facts_of(sample):
+        return pattern.findall(tokenizer.decode(whole(sample)))
+
+    for index in range(40):
+        assert len(facts_of(task.sample(index, 4))) == 1
+    for step in range(40):
+        documents = draw_burn_in(
+            task, range(4), (step,), num_beginnings=2, burn_in_segments=5, num_segments=3
+        )
+        for part in (*documents.beginnings, *documents.endings):
+            assert len(facts_of(part)) == len(part.facts)
+
+
 @pytest.mark.parametrize("name", ["memorize", "detect"])
 def test_strangers_look_like_facts_and_are_none(make, words, name):
     task = make(name, strangers=1.0, segment_length=31)

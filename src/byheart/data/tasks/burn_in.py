@@ -67,17 +67,34 @@ def draw_burn_in(
     for index, group in zip(indices, groups, strict=True):
         ending, before = task.sample(index, num_segments), whole[group]
         if has_facts[group]:
-            ending = replace(ending, facts=(), question=before.question, label=before.label)
-        endings.append(ending)
+            ending = replace(_without_facts(ending), question=before.question, label=before.label)
+        # nobody knows what stands before it
+        first = tuple(entry for entry in ending.fragments if entry[0] > 0)
+        endings.append(replace(ending, fragments=first))
     num_tokens = burn_in_segments * task.config.segment_length
     beginnings = [
         replace(
-            before,
+            part,
             num_tokens=num_tokens,
-            question=before.question[:0],
-            facts=before.facts if has_facts[group] else (),
-            fragments=before.fragments if has_fragments[group] else (),
+            question=part.question[:0],
+            fragments=part.fragments if has_fragments[group] else (),
         )
-        for group, before in enumerate(whole)
+        for group, part in enumerate(
+            before if has_facts[group] else _without_facts(before)
+            for group, before in enumerate(whole)
+        )
     ]
     return BurnIn(beginnings=beginnings, endings=endings, groups=groups)
+
+
+def _without_facts(sample: TaskSample) -> TaskSample:
+    """Take the facts out of a document, and leave its fragments behind the same words.
+
+    Returns:
+        The document, with as much more of its background.
+    """
+    fragments = tuple(
+        (position - sum(len(fact) for place, fact in sample.facts if place < position), tokens)
+        for position, tokens in sample.fragments
+    )
+    return replace(sample, facts=(), fragments=fragments)

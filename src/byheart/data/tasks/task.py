@@ -67,6 +67,8 @@ _NAMESAKE_SEED = 5
 # so many first words of a fact, which tell of whom or what it is, no fragment has: "Mary" and "The
 # office"
 _SUBJECT_WORDS = {"memorize": 1, "detect": 1, "reason": 2, "capacity": 1}
+# what may stand before a name
+_BEFORE_NAMES = ("", " ", "\n", "\n\n", '"', "'", "\u201c", "\u2018", "(", "-", "\u2014", ".")
 
 
 class Task:
@@ -106,7 +108,7 @@ class Task:
         self._sentences = self._encode_sentences()
         self._subjects = self._count_subjects()
         """Tokens of each fact that say of whom or what it is."""
-        self._ends = {int(self._sentences[fact][n - 1]) for fact, n in self._subjects.items()}
+        self._ends = self._last_of_subjects()
         strangers = stranger_sentences() if config.strangers else []
         self._strangers = list(self._encode(strangers).values())
         self._longest = self._check_lengths()
@@ -312,6 +314,18 @@ class Task:
             fact: min(len(encoded[subject]), len(self._sentences[fact]) - 1)
             for fact, subject in subjects.items()
         }
+
+    def _last_of_subjects(self) -> set[int]:
+        # a tokenizer may have tokens of their own for a name behind a quotation mark or a new line
+        words = _SUBJECT_WORDS[self.config.name]
+        subjects = list(dict.fromkeys(" ".join(fact.split()[:words]) for fact in self._subjects))
+        last = {int(self._sentences[fact][n - 1]) for fact, n in self._subjects.items()}
+        for before in _BEFORE_NAMES:
+            last.update(
+                int(ids[-1])
+                for ids in self.tokenizer.encode_batch([before + subject for subject in subjects])
+            )
+        return last
 
     def _check_lengths(self) -> int:
         # the tokens that a document needs at most besides its background
