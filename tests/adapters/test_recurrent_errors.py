@@ -8,7 +8,10 @@ import torch
 import transformers
 
 from byheart.adapters.families import model_kind, whole_window_layers
+from byheart.adapters.heads import AnswerHead
 from byheart.errors import CheckpointError, MemoryStateError
+from byheart.memory.recurrent import RecurrentState
+from byheart.models.recurrent_text import text_extents
 
 SMALL = {
     "vocab_size": 43,
@@ -181,7 +184,7 @@ def test_embeddings_that_are_scaled_outside_are_refused(name, wrap):
         config = getattr(transformers, f"{name}Config")(**SEQ2SEQ, **scaling)
         return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
-    with pytest.raises(ValueError, match="scales them after the lookup"):
+    with pytest.raises(ValueError, match="does more with tokens than to look them up"):
         wrap(make(scale_embedding=True))
     wrap(make(scale_embedding=False))
 
@@ -257,6 +260,24 @@ def test_special_tokens_around_a_decoders_memory_are_refused(place, tiny_model, 
 def test_special_tokens_outside_of_the_vocabulary_are_refused(token, tiny_model, wrap):
     with pytest.raises(ValueError, match=rf"below the model's vocabulary of 43, got \({token},\)"):
         wrap(tiny_model("bert"), end_ids=(token,))
+
+
+def test_what_is_no_tensor_is_refused(decoder, draw):
+    # as a user calls them, whose types nothing checks before
+    with pytest.raises(TypeError, match="attention_mask must be a tensor, got list"):
+        inspect.unwrap(text_extents)(draw(1, 9), [[1] * 9])
+    with pytest.raises(TypeError, match="document_start must be a tensor of booleans, got list"):
+        inspect.unwrap(RecurrentState.start_documents)(decoder.new_state(1), [True])
+    with pytest.raises(ValueError, match=r"labels must be \[batch, answer\], got the shape \[2\]"):
+        inspect.unwrap(AnswerHead.__init__)(AnswerHead(draw(1, 2)), torch.tensor([3, 4]))
+
+
+def test_whole_numbers_of_other_types_are_tokens(decoder, draw):
+    ids = draw(2, 16)
+    small = ids.to(torch.int32)
+    expected, found = decoder(ids, labels=ids), decoder(small, labels=small)
+    assert torch.equal(found.loss, expected.loss)
+    decoder(small, state=decoder.new_state(2).commit(found.new_entries))
 
 
 def test_labels_under_padding_are_not_read(decoder, draw):

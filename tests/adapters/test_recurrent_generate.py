@@ -12,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -221,15 +223,67 @@ def test_encode_needs_an_encoder(decoder):
             {"generation_config": GenerationConfig(eos_token_id=3)},
             "give its options by their names",
         ),
+        ({"guidance_scale": 2.0}, "guidance_scale cannot be honoured across segments"),
+        ({"logits_processor": [max]}, "logits_processor cannot be honoured"),
+        ({"prefix_allowed_tokens_fn": max}, "prefix_allowed_tokens_fn cannot be honoured"),
+        ({"bad_words_ids": [[3, 4]]}, r"bad_words_ids must be about single .* got \[\[3, 4\]\]"),
+        ({"sequence_bias": {(3, 4): 1.0}}, "sequence_bias must be about single tokens"),
+        ({"sequence_bias": [[[3, 4], 1.0]]}, "sequence_bias must be about single tokens"),
+        ({"token_type_ids": torch.ones(1, 3)}, r"takes the options .*temperature.*, got token_ty"),
+        ({"max_new_tokens": 2.5}, "at least 1, a whole number, got 2.5"),
         ({"return_dict_in_generate": True}, "leave return_dict_in_generate out"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, a whole number, got 0"),
         ({"attention_mask": torch.zeros(1, 3)}, "must have at least one token to continue"),
         ({"attention_mask": torch.tensor([[1, 0, 1]])}, "row 0 has holes"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(decoder, options, message):
+    # as a user calls it, whose types nothing checks before
+    plain = inspect.unwrap(generate)
     with pytest.raises(ValueError, match=message):
-        decoder.generate(torch.ones(1, 3, dtype=torch.long), **{"max_new_tokens": 2, **options})
+        plain(decoder, torch.ones(1, 3, dtype=torch.long), **{"max_new_tokens": 2, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bad_words_ids": [[3], [5]]},
+        {"sequence_bias": {(3,): -99.0, (5,): -99.0}},
+        {"sequence_bias": [[[3], -99.0], [[5], -99.0]]},
+        {"suppress_tokens": [3, 5]},
+    ],
+)
+def test_options_about_single_tokens_hold_in_every_segment(decoder, options):
+    ids = torch.randint(6, VOCAB, (2, 5))
+    new, _ = decoder.generate(ids, max_new_tokens=30, do_sample=False, **options)
+    assert not torch.isin(new, torch.tensor([3, 5])).any()
+
+
+@pytest.mark.parametrize(
+    "options", [{"encoder_no_repeat_ngram_size": 2}, {"encoder_repetition_penalty": 1.5}]
+)
+def test_options_about_the_text_of_an_encoder_are_refused(options):
+    memory_model = wrap(t5())
+    ids = torch.randint(3, VOCAB, (1, 5))
+    with pytest.raises(ValueError, match=r"cannot be honoured, got .* only the memory is left"):
+        memory_model.generate(ids, max_new_tokens=2, **options)
+    (name,) = options
+    setattr(memory_model.model.generation_config, name, options[name])
+    with pytest.raises(ValueError, match=f"Use {name}="):
+        memory_model.generate(ids, max_new_tokens=2)
+
+
+def test_an_encoder_decoder_of_experts_answers():
+    torch.manual_seed(0)
+    config = SwitchTransformersConfig(
+        vocab_size=VOCAB, d_model=WIDTH, d_kv=12, num_heads=2, d_ff=40, num_layers=2,
+        num_decoder_layers=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+        num_experts=2, expert_capacity=64, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    memory_model = wrap(SwitchTransformersForConditionalGeneration(config))
+    new, state = memory_model.generate(torch.randint(3, VOCAB, (3, 11)), max_new_tokens=4)
+    assert len(new) == 3
+    assert state.position.tolist() == [11] * 3
 
 
 def test_what_the_models_own_options_ask_for_is_refused_too(decoder):
@@ -248,6 +302,13 @@ def test_a_text_that_is_no_batch_is_refused(decoder):
     with pytest.raises(ValueError, match=r"Give a single text as input_ids\[None\]"):
         # without the type checks of the tests
         inspect.unwrap(generate)(decoder, torch.ones(3, dtype=torch.long), max_new_tokens=2)
+
+
+def test_what_is_no_state_is_refused(decoder):
+    with pytest.raises(TypeError, match="state must be a RecurrentState, got str"):
+        inspect.unwrap(generate)(
+            decoder, torch.ones(1, 3, dtype=torch.long), state="memory", max_new_tokens=2
+        )
 
 
 def test_other_alignment_is_refused():

@@ -342,6 +342,7 @@ def test_a_classifier_has_the_losses_of_its_base_model(tiny_model, wrap, draw):
         (4, None, torch.rand(3, 4).round()),
         (4, "regression", torch.rand(3, 4)),
         (4, "multi_label_classification", torch.rand(3, 4)),
+        (1, "multi_label_classification", torch.rand(3, 1)),
     ):
         model = tiny_model("bert", num_labels=num_labels, problem_type=problem)
         mine = wrap(model, num_memory_tokens=0)(ids, labels=labels).loss

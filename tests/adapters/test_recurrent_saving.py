@@ -1,9 +1,12 @@
 """Added weights are saved without the model, and put back around it."""
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from byheart.adapters.loading import load_transformer
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.errors import CheckpointError
 from byheart.models.recurrent_config import RecurrentMemoryConfig
@@ -57,6 +60,38 @@ def test_trained_model_is_saved_along(memory_model, tmp_path):
 
     loaded = RecurrentMemory.from_pretrained(None, tmp_path / "memory")
 
+    assert torch.equal(logits(loaded), logits(memory_model))
+
+
+def test_a_model_with_layers_of_peft_is_not_saved_along(memory_model, tmp_path):
+    config = peft.LoraConfig(target_modules=["query"], r=2)
+    peft.inject_adapter_in_model(config, memory_model.model)
+
+    with pytest.raises(ValueError, match=r"has layers of PEFT, such as bert.*merge_and_unload"):
+        memory_model.save_pretrained(tmp_path / "memory", with_model=True)
+
+    assert not (tmp_path / "memory").exists()
+    memory_model.save_pretrained(tmp_path / "memory")
+
+
+def test_a_model_that_lacks_weights_is_not_loaded(tmp_path):
+    bert().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1, such as classifier\.weight\. Save the whole"
+    ):
+        load_transformer(tmp_path)
+
+
+def test_precision_is_saved_along(memory_model, tmp_path):
+    memory_model.bfloat16().save_pretrained(tmp_path / "memory", with_model=True)
+
+    loaded = RecurrentMemory.from_pretrained(None, tmp_path / "memory")
+
+    assert loaded.memory.memory.dtype == torch.bfloat16
     assert torch.equal(logits(loaded), logits(memory_model))
 
 

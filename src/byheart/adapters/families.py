@@ -134,7 +134,8 @@ def window_model(
 def max_positions(model: PreTrainedModel) -> int | None:
     """Return the positions that a model can tell apart; `None` if there is no limit."""
     config = model.config.get_text_config()
-    limit: int | None = getattr(config, "max_position_embeddings", None)
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    limit: int | None = next((getattr(config, n) for n in names if hasattr(config, n)), None)
     if config.model_type in {"t5", "mt5", "umt5", "bloom"}:
         return None  # relative positions or ALiBi; `n_positions` is no limit there
     for name, module in model.named_modules():

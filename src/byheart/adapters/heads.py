@@ -1,6 +1,5 @@
 """What is wanted of each segment, and what the outputs of all segments amount to."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +14,7 @@ from byheart.adapters.window_models import AnswerRequest
 from byheart.models.recurrent_text import RowText, kept_columns, new_columns
 from byheart.models.segmentation import Step
 from byheart.models.text_output import TextOutput, TextRequest
-from byheart.ops.losses import IGNORED, require_labels
+from byheart.ops.losses import IGNORED, class_loss
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,7 +96,7 @@ class LanguageHead:
                 raise ValueError(msg)
             targets = _shifted(labels, text)
         self._check_targets(targets)
-        self.targets = None if targets is None else text.from_input(targets, IGNORED)
+        self.targets = None if targets is None else text.from_input(targets.long(), IGNORED)
         labelled = None if self.targets is None else (self.targets != IGNORED).cpu()
         if labelled is not None and not labelled.any():
             msg = (
@@ -202,7 +201,7 @@ class ClassifierHead:
 
     def __init__(self, labels: Tensor | None, problem_type: str | None) -> None:
         self.labels = labels
-        self.is_regression = problem_type == "regression"
+        self.problem_type = problem_type
 
     def request(self, step: Step) -> Request | None:
         """Ask for logits where a row ends.
@@ -228,7 +227,7 @@ class ClassifierHead:
         logits = _of_last_segments(steps, outputs)
         if self.labels is None:
             return {"logits": logits}
-        total, count = _class_loss(logits.float(), self.labels, is_regression=self.is_regression)
+        total, count = class_loss(logits.float(), self.labels, self.problem_type)
         return {"loss": total / (count if num_items is None else num_items), "logits": logits}
 
 
@@ -239,10 +238,13 @@ class AnswerHead:
         if labels is None:
             msg = "labels must be given for an encoder-decoder, got None. Use generate to answer."
             raise ValueError(msg)
+        if labels.ndim != 2:
+            msg = f"labels must be [batch, answer], got the shape {list(labels.shape)}."
+            raise ValueError(msg)
         if not bool((labels != IGNORED).any()):
             msg = f"At least one token must have a label that is not {IGNORED}, got none."
             raise ValueError(msg)
-        self.labels = labels
+        self.labels = labels.long()
 
     def request(self, step: Step) -> Request | None:
         """Ask for the answers' logits where a row ends.
@@ -360,37 +362,3 @@ def _shifted(labels: Tensor, text: RowText) -> Tensor:
     columns = torch.arange(text.num_columns, device=labels.device)
     ends = torch.tensor(text.first_column) + torch.tensor(text.num_new)
     return moved.masked_fill(columns == ends[:, None].to(labels.device) - 1, IGNORED)
-
-
-def _class_loss(
-    logits: Tensor, labels: Tensor, *, is_regression: bool
-) -> tuple[Tensor, Tensor | int]:
-    """Compute the loss that Hugging Face's classifiers compute for such labels.
-
-    Returns:
-        Its sum over rows, or rows and classes, and how many of them have a label.
-
-    Raises:
-        ValueError: If the labels are of another shape or no class, or no row has one.
-    """
-    is_mean_square = logits.shape[1] == 1 or is_regression
-    per_class = is_mean_square or labels.dtype.is_floating_point
-    expected = list(logits.shape) if per_class else [len(logits)]
-    if labels.numel() != math.prod(expected):
-        msg = (
-            f"labels must have the shape {expected}, got {list(labels.shape)}: one class per row, "
-            "or for regression and several classes at once a float for each class."
-        )
-        raise ValueError(msg)
-    if per_class:
-        labels = labels.float().view_as(logits)
-        if is_mean_square:
-            return functional.mse_loss(logits, labels, reduction="sum"), labels.numel()
-        loss = functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-        return loss, labels.numel()
-    require_labels(labels, logits.shape[1], "Load the model with as many classes (num_labels).")
-    labelled = labels != IGNORED
-    if not bool(labelled.any()):
-        msg = f"At least one row must have a label that is not {IGNORED}, got none."
-        raise ValueError(msg)
-    return functional.cross_entropy(logits, labels.view(-1), reduction="sum"), labelled.sum()

@@ -84,7 +84,8 @@ def load_transformer(
         The model, in evaluation mode.
 
     Raises:
-        CheckpointError: If it cannot be read, or names no class that transformers has.
+        CheckpointError: If it cannot be read, names no class that transformers has, or lacks
+            weights of it.
     """
     if not Path(directory).is_dir():
         msg = f"There is no model directory {directory}. Check the path."
@@ -96,11 +97,22 @@ def load_transformer(
         if model_class is None:
             msg = f"config.json in {directory} must name a class of transformers, got {name}."
             raise CheckpointError(msg)
-        model = model_class.from_pretrained(
-            directory, local_files_only=True, dtype="auto" if dtype is None else dtype
+        model, report = model_class.from_pretrained(
+            directory,
+            local_files_only=True,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         msg = f"{directory} cannot be read as a Hugging Face model: {error}"
         raise CheckpointError(msg) from error
+    if report["missing_keys"]:
+        # transformers would draw them at random
+        msg = (
+            f"{directory} must hold all weights of its {name}, but lacks "
+            f"{len(report['missing_keys'])}, such as {min(report['missing_keys'])}. Save the whole "
+            "model again, with its head and without layers of PEFT."
+        )
+        raise CheckpointError(msg)
     assert isinstance(model, PreTrainedModel)
     return model.eval()

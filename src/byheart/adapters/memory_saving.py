@@ -62,7 +62,10 @@ def save_attached(
         with_model = holds_model or memory_model.was_saved_along or memory_model.has_learned
     added = _added_weights(memory_model)
     if with_model:
-        require_no_adapters(memory_model)
+        require_no_adapters(
+            memory_model.model,
+            "with modules_to_save=['byheart_memory'] the memory learns and is saved there, too",
+        )
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -170,21 +173,21 @@ def _added_weights(memory_model: MemoryModel) -> dict[str, Tensor]:
     }
 
 
-def require_no_adapters(memory_model: MemoryModel) -> None:
+def require_no_adapters(model: nn.Module, remedy: str) -> None:
     """Refuse to write a model that transformers could not read again.
 
     Args:
-        memory_model: What is to be saved with its model.
+        model: What is to be saved.
+        remedy: What else to do if PEFT saves the model.
 
     Raises:
         ValueError: If PEFT has put layers of its own into it.
     """
-    name = first_adapter(memory_model.model)
+    name = first_adapter(model)
     if name is not None:
         msg = (
             f"The model has layers of PEFT, such as {name}, and cannot be saved with them. "
-            "Merge them with merge_and_unload(), or save it with PEFT's save_pretrained; with "
-            "modules_to_save=['byheart_memory'] the memory learns and is saved there, too."
+            f"Merge them with merge_and_unload(), or save it with PEFT's save_pretrained; {remedy}."
         )
         raise ValueError(msg)
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,16 @@ from byheart.adapters.families import (
     window_model,
 )
 from byheart.adapters.heads import EncoderHead, Head, make_head
-from byheart.adapters.recurrent_checks import require_fits, require_known_labels
+from byheart.adapters.recurrent_checks import (
+    require_fits,
+    require_input,
+    require_known_labels,
+    without_attached,
+)
+from byheart.adapters.recurrent_trial import generates_behind_padding
 from byheart.adapters.tied import keep_tied_weights_once
 from byheart.memory.recurrent import NewMemory, RecurrentLayout, RecurrentState
-from byheart.models.arguments import require_state_type, require_words
+from byheart.models.arguments import require_state_type
 from byheart.models.fingerprint import model_fingerprint
 from byheart.models.recurrent import RecurrentCore
 from byheart.models.recurrent_config import RecurrentMemoryConfig
@@ -110,6 +117,11 @@ class RecurrentMemory(nn.Module):
     def loss_type(self) -> str | None:
         """The loss of the model inside, by which transformers' `Trainer` counts the labels."""
         return "ForCausalLM" if self.kind == "decoder" else getattr(self.model, "loss_type", None)
+
+    @cached_property
+    def generates_behind_padding(self) -> bool:
+        """Whether the model's own `generate` lets rows of different lengths run side by side."""
+        return generates_behind_padding(without_attached(self.model))
 
     @property
     def layout(self) -> RecurrentLayout:
@@ -322,7 +334,7 @@ class RecurrentMemory(nn.Module):
         self.layout.require_same(state.layout, "The memory state")
         if document_start is None:
             document_start = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        self._check(input_ids, state)
+        require_input(self.model, input_ids, state)
         before = state.start_documents(document_start)
         text = gather_text(input_ids, attention_mask, before)
         head = make(text)
@@ -383,13 +395,3 @@ class RecurrentMemory(nn.Module):
             request=request.content if request is not None else None,
             has_loss=request is not None and request.has_loss,
         )
-
-    def _check(self, input_ids: Tensor, state: RecurrentState) -> None:
-        if state.batch_size != len(input_ids):
-            msg = (
-                f"The memory state must have the batch's {len(input_ids)} rows, got "
-                f"{state.batch_size}. Make one with new_state(batch_size) or pick rows with "
-                "state.select_rows."
-            )
-            raise ValueError(msg)
-        require_words("input_ids", input_ids, len(input_embedding(self.model).weight))

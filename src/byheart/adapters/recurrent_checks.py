@@ -10,12 +10,16 @@ from byheart.adapters.families import (
     Kind,
     attention_reach,
     has_global_layer,
+    input_embedding,
     max_positions,
     model_kind,
     output_size,
+    rotation_limit,
     window_model,
 )
 from byheart.adapters.memory_model import MemoryModel
+from byheart.adapters.recurrent_trial import MIXED_PADDING, require_reads_embeddings
+from byheart.memory.recurrent import RecurrentState
 from byheart.models.arguments import require_words
 from byheart.models.decoder import Decoder
 from byheart.models.recurrent_config import RecurrentMemoryConfig
@@ -23,10 +27,7 @@ from byheart.models.segment_model import SegmentModel
 from byheart.models.segment_reader import require_decoder_fits, require_segment_fits
 from byheart.ops.losses import IGNORED
 
-# they multiply what they look up themselves, and what is given to them not at all
-_SCALED_OUTSIDE = ("blenderbot-small", "falcon_h1", "mvp", "pegasus")
-
-# they pass what is in the places of padding on to the text beside it
+# they pass what is in the places of padding on to the text beside it: too little for a trial to see
 _MIX_PADDING = ("convbert", "fnet", "mobilebert", "nystromformer", "yoso")
 
 
@@ -45,9 +46,9 @@ def require_fits(model: PreTrainedModel | SegmentModel, config: RecurrentMemoryC
 
     Raises:
         ValueError: If the window is too small, local attention would cut the memory off, hidden
-            states do not fit into the embedding, the model scales its embeddings outside of them
-            or mixes padding with text, special tokens stand around a decoder's memory, or a memory
-            of the model's own would not be read.
+            states do not fit into the embedding, the model does not read vectors as it reads
+            tokens or mixes padding with text, special tokens stand around a decoder's memory, or a
+            memory of the model's own would not be read.
     """
     kind = model_kind(model)
     if kind == "decoder" and config.num_special_tokens:
@@ -69,6 +70,7 @@ def require_fits(model: PreTrainedModel | SegmentModel, config: RecurrentMemoryC
     _require_embedding(model)
     _require_window(model, config, kind)
     _require_ids(model, config)
+    require_reads_embeddings(model, kind)
 
 
 def without_attached(model: Any) -> Any:
@@ -81,6 +83,29 @@ def without_attached(model: Any) -> Any:
         The model below, or the model given if it is no `MemoryModel`.
     """
     return model.model if isinstance(model, MemoryModel) else model
+
+
+def require_input(
+    model: PreTrainedModel | SegmentModel, input_ids: Tensor, state: RecurrentState
+) -> None:
+    """Refuse texts that are not those of the state's rows, or not in the model's words.
+
+    Args:
+        model: The model.
+        input_ids: Token ids, `[batch, tokens]`.
+        state: What the rows have read.
+
+    Raises:
+        ValueError: If there is another number of rows, or an unknown token.
+    """
+    if state.batch_size != len(input_ids):
+        msg = (
+            f"The memory state must have the batch's {len(input_ids)} rows, got "
+            f"{state.batch_size}. Make one with new_state(batch_size) or pick rows with "
+            "state.select_rows."
+        )
+        raise ValueError(msg)
+    require_words("input_ids", input_ids, len(input_embedding(model).weight))
 
 
 def require_known_labels(
@@ -127,18 +152,20 @@ def _require_embedding(model: PreTrainedModel) -> None:
             "without factorised embeddings."
         )
         raise ValueError(msg)
-    family = model.config.model_type
-    if family in _MIX_PADDING:
+    config = model.config.get_text_config()
+    if config.model_type in _MIX_PADDING:
+        raise ValueError(MIXED_PADDING.format(family=config.model_type))
+    if config.model_type == "big_bird" and config.attention_type == "block_sparse":
         msg = (
-            f"Padding must change nothing, but {family} mixes it with the text, so that rows would "
-            "depend on the others of their batch. Use another encoder."
+            "attention_type must be 'original_full', got 'block_sparse': which attention big_bird "
+            "uses depends on the longest text that it has read. Load it with "
+            "attention_type='original_full'."
         )
         raise ValueError(msg)
-    scale = getattr(model.config, "embedding_multiplier", 1.0)
-    if family in _SCALED_OUTSIDE and (scale != 1.0 or getattr(model.config, "scale_embedding", 0)):
+    if getattr(config, "output_router_logits", False):
         msg = (
-            f"Token embeddings must be what the first layer reads, but {family} scales them after "
-            "the lookup. Use a model without scale_embedding or embedding_multiplier."
+            "output_router_logits must be False, got True: the loss that balances experts is not "
+            "computed with recurrent memory. Set model.config.output_router_logits = False."
         )
         raise ValueError(msg)
 
@@ -152,6 +179,14 @@ def _require_window(model: PreTrainedModel, config: RecurrentMemoryConfig, kind:
             f"positions, got {needed}: {config.segment_length} text, {config.num_memory_tokens} "
             f"memory{' (twice)' if kind == 'decoder' else ''}, {config.num_special_tokens} "
             f"special. {_shorten(config, needed - positions)}"
+        )
+        raise ValueError(msg)
+    unchanged = rotation_limit(model)
+    if unchanged is not None and needed > unchanged:
+        msg = (
+            f"The angles of {model.config.model_type} change with the length of a text beyond "
+            f"{unchanged} tokens, got a window of {needed}: rows would depend on the others of "
+            f"their batch. {_shorten(config, needed - unchanged)}"
         )
         raise ValueError(msg)
     reach = None if has_global_layer(model) else attention_reach(model)

@@ -6,39 +6,23 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import MoEModelOutput
 
 from byheart.adapters.families import input_embedding
+from byheart.adapters.generate_options import (
+    AT_ENDS,
+    check_answer_options,
+    check_decoder_options,
+)
 from byheart.adapters.memory_generate import memory_in_sight
 from byheart.adapters.memory_model import MemoryModel
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.adapters.recurrent_checks import without_attached
 from byheart.memory.recurrent import RecurrentState
+from byheart.models.arguments import require_state_type
 from byheart.models.decoder import Decoder
 from byheart.models.generate import SamplingConfig, choose
 from byheart.models.recurrent_text import require_token_ids, text_extents
-
-# options of `generate` whose effect would stop at the end of a segment, and the values without one
-_WHOLE_TEXT = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "stop_strings": None,
-    "max_time": None,
-    "max_length": None,
-    "stopping_criteria": None,
-    "streamer": None,
-    "exponential_decay_length_penalty": None,
-    "encoder_repetition_penalty": 1.0,
-    "encoder_no_repeat_ngram_size": 0,
-}
-# options about the first or last new token, which every segment would take for its own. Those of
-# the model's own config are left out, because it would force an end into every segment
-_AT_ENDS = ("forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens")
-_OF_DECODERS = {"sampling", "generator", "eos_token_id", "pad_token_id"}
 
 
 @torch.no_grad()
@@ -78,12 +62,13 @@ def generate(
     Raises:
         ValueError: If the model is a classifier, an option cannot be honoured, or there is no text.
     """
-    if max_new_tokens < 1:
-        msg = f"max_new_tokens must be at least 1, got {max_new_tokens}."
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        msg = f"max_new_tokens must be at least 1, a whole number, got {max_new_tokens}."
         raise ValueError(msg)
     require_token_ids(input_ids)
     if state is None:
         state = memory_model.new_state(len(input_ids))
+    require_state_type(state, RecurrentState)
     if memory_model.kind == "encoder":
         msg = "generate needs a causal language model or an encoder-decoder, got a classifier."
         raise ValueError(msg)
@@ -91,49 +76,12 @@ def generate(
         msg = "generate returns new tokens and state: leave return_dict_in_generate out."
         raise ValueError(msg)
     if memory_model.kind == "encoder-decoder":
+        check_answer_options(memory_model, options)
         options = {**options, "max_new_tokens": max_new_tokens}
         return _answer(memory_model, input_ids, attention_mask, state, options)
-    _check_options(memory_model, options)
+    check_decoder_options(memory_model, options)
     proceed = _token_by_token if isinstance(memory_model.model, Decoder) else _continue
     return proceed(memory_model, input_ids, attention_mask, state, max_new_tokens, options)
-
-
-def _check_options(memory_model: RecurrentMemory, options: dict[str, Any]) -> None:
-    unknown = sorted(options.keys() - _OF_DECODERS)
-    if isinstance(memory_model.model, Decoder) and unknown:
-        msg = (
-            f"A Decoder generates with the options {', '.join(sorted(_OF_DECODERS))}, got "
-            f"{unknown[0]}. Say with sampling=SamplingConfig(...) how tokens are chosen."
-        )
-        raise ValueError(msg)
-    if options.get("generation_config") is not None:
-        msg = "generation_config cannot be passed to a decoder: give its options by their names."
-        raise ValueError(msg)
-    # what is not given may be the model's own; its max_length gives way to max_new_tokens
-    defaults = getattr(without_attached(memory_model.model), "generation_config", None)
-    for name, neutral in _WHOLE_TEXT.items():
-        own = None if name == "max_length" else getattr(defaults, name, None)
-        value = options.get(name, own)
-        if value is not None and value != neutral:
-            msg = (
-                f"{name} cannot be honoured across segments by a decoder with recurrent memory, "
-                f"got {value}; use {name}={neutral}. For several continuations repeat the rows of "
-                "input_ids, or of the state with select_rows."
-            )
-            raise ValueError(msg)
-    for name in _AT_ENDS:
-        if options.get(name) is not None:
-            msg = (
-                f"{name} must be None for a decoder with recurrent memory, got {options[name]}: "
-                "every segment would begin or end with it. Leave it out."
-            )
-            raise ValueError(msg)
-    if memory_model.memory_config.alignment != "left":
-        msg = (
-            "alignment must be 'left' to generate: new tokens end a text, so its segments must be "
-            f"counted from its start; got {memory_model.memory_config.alignment!r}."
-        )
-        raise ValueError(msg)
 
 
 def _continue(
@@ -145,6 +93,7 @@ def _continue(
     options: dict[str, Any],
 ) -> tuple[Tensor, RecurrentState]:
     options, ends = _with_end(memory_model, options)
+    together = memory_model.generates_behind_padding
     # the first new token may be the end
     certain = 1 if len(ends) else max_new_tokens
     state, last = _read_but_last(memory_model, input_ids, attention_mask, state, certain)
@@ -157,7 +106,7 @@ def _continue(
         # rows that have ended would be carried on, past the window if theirs is nearly full
         rows = unfinished.nonzero()[:, 0]
         going = state if len(rows) == len(last) else state.select_rows(rows)
-        made = _within_segment(memory_model, going, last[rows], min(left, room), options)
+        made = _side_by_side(memory_model, going, last[rows], min(left, room), options, together)
         new = made.new_full((len(last), made.shape[1]), options["pad_token_id"])
         new = new.index_copy(0, rows, made)
         keep = _until_end(new, ends, unfinished)
@@ -280,6 +229,34 @@ def _read(
     return state
 
 
+def _side_by_side(
+    memory_model: RecurrentMemory,
+    state: RecurrentState,
+    last: Tensor,
+    max_new_tokens: int,
+    options: dict[str, Any],
+    together: bool,
+) -> Tensor:
+    """Generate in the segment of each row, together or, where padding shows, by their lengths.
+
+    Returns:
+        New tokens `[batch, new]`, padding behind the end of a row.
+    """
+    lengths = [] if together else sorted(set(state.num_pending.tolist()))
+    if len(lengths) < 2:
+        return _within_segment(memory_model, state, last, max_new_tokens, options)
+    made = last.new_full((len(last), max_new_tokens), options["pad_token_id"])
+    width = 0
+    for length in lengths:
+        rows = (state.num_pending == length).nonzero()[:, 0]
+        part = _within_segment(
+            memory_model, state.select_rows(rows), last[rows], max_new_tokens, options
+        )
+        made[rows, : part.shape[1]] = part
+        width = max(width, part.shape[1])
+    return made[:, :width]
+
+
 def _within_segment(
     memory_model: RecurrentMemory,
     state: RecurrentState,
@@ -312,7 +289,7 @@ def _within_segment(
             inputs_embeds=inputs,
             attention_mask=(places >= 0).long(),
             max_new_tokens=max_new_tokens,
-            **{**options, **dict.fromkeys(_AT_ENDS), "return_dict_in_generate": False},
+            **{**options, **dict.fromkeys(AT_ENDS), "return_dict_in_generate": False},
         )
     assert isinstance(new, Tensor)
     return new
@@ -360,7 +337,8 @@ def _answer(
         input_ids, attention_mask=attention_mask, state=state
     )
     answers = memory_model.model.generate(
-        encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+        # decoders of experts ask it for what it says of them
+        encoder_outputs=MoEModelOutput(last_hidden_state=hidden),
         attention_mask=mask.long(),
         **{**options, "return_dict_in_generate": False},
     )

@@ -15,7 +15,7 @@ from byheart.adapters.families import input_embedding
 from byheart.adapters.loading import load_saved_along, load_transformer
 from byheart.adapters.memory_model import MemoryModel
 from byheart.adapters.memory_saving import FORMAT as ATTACHED
-from byheart.adapters.memory_saving import load_attached, save_attached
+from byheart.adapters.memory_saving import load_attached, require_no_adapters, save_attached
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.config import load_config, save_config
 from byheart.errors import CheckpointError
@@ -45,8 +45,13 @@ def save_recurrent(
         directory: Where to.
         with_model: Write the model inside, too, as `save_model` or Hugging Face's checkpoints do,
             and what was attached to it; for models whose own weights were trained.
+
+    Raises:
+        ValueError: If the model is to be written and PEFT has put layers of its own into it.
     """
     model, weights = memory_model.model, memory_model.memory.state_dict()
+    if with_model and not isinstance(model, MemoryModel):
+        require_no_adapters(model, "and the memory with with_model=False")
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -102,8 +107,9 @@ def load_recurrent(
     memory_model = RecurrentMemory(model, load_config(RecurrentMemoryConfig, directory / _CONFIG))
     try:
         weights = load_file(directory / _WEIGHTS)
+        like = next(iter(weights.values()), memory_model.memory.memory)
         with torch.no_grad():
-            memory_model.memory.load_state_dict(weights)
+            memory_model.memory.to(like.dtype).load_state_dict(weights)
     except (SafetensorError, OSError, RuntimeError) as error:
         msg = f"{directory / _WEIGHTS} does not fit its config: {error}"
         raise CheckpointError(msg) from error

@@ -178,8 +178,12 @@ class RecurrentState:
             The state in which those rows have read nothing.
 
         Raises:
+            TypeError: If the mask is no tensor.
             ValueError: If the mask is not about the rows of the state.
         """
+        if not isinstance(row_mask, Tensor):
+            msg = f"document_start must be a tensor of booleans, got {type(row_mask).__name__}."
+            raise TypeError(msg)
         if row_mask.shape != self.position.shape or row_mask.dtype != torch.bool:
             msg = (
                 f"document_start must have one boolean per row, {list(self.position.shape)}, got "

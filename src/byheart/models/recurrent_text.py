@@ -81,7 +81,8 @@ def require_token_ids(input_ids: Tensor) -> None:
     if not isinstance(input_ids, Tensor):
         msg = f"input_ids must be a tensor, got {type(input_ids).__name__}."
         raise TypeError(msg)
-    if input_ids.ndim != 2 or input_ids.dtype.is_floating_point:
+    no_numbers = input_ids.dtype.is_floating_point or input_ids.dtype == torch.bool
+    if input_ids.ndim != 2 or no_numbers:
         msg = (
             f"input_ids must be whole numbers of the shape [batch, tokens], got "
             f"{list(input_ids.shape)} of {input_ids.dtype}. Give a single text as "
@@ -103,6 +104,7 @@ def gather_text(
     Returns:
         The text.
     """
+    input_ids = input_ids.long()
     batch, num_columns = input_ids.shape
     first, new = text_extents(input_ids, attention_mask)
     pending = tuple(
@@ -145,11 +147,15 @@ def text_extents(
         The first column and the number of tokens of each row.
 
     Raises:
+        TypeError: If the mask is no tensor.
         ValueError: If the mask has another shape, or holes.
     """
     batch, num_columns = input_ids.shape
     if attention_mask is None:
         return (0,) * batch, (num_columns,) * batch
+    if not isinstance(attention_mask, Tensor):
+        msg = f"attention_mask must be a tensor, got {type(attention_mask).__name__}."
+        raise TypeError(msg)
     if attention_mask.shape != input_ids.shape:
         msg = (
             f"attention_mask must have the shape of input_ids, {list(input_ids.shape)}, got "

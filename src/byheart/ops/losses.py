@@ -1,11 +1,13 @@
-"""Cross entropy per position, chunked over the vocabulary."""
+"""Cross entropy per position, chunked over the vocabulary, and the losses of classifiers."""
 
+import math
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from byheart.ops import known
 
@@ -49,7 +51,7 @@ def cross_entropy(
     # backward runs outside of autocast, and must compute the logits that forward has computed
     with torch.autocast(kind, enabled=False):
         if weight.shape[0] <= chunk_size:
-            return torch.nn.functional.cross_entropy(
+            return functional.cross_entropy(
                 _logits(hidden, weight), labels, ignore_index=IGNORED, reduction="none"
             )
         loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -128,3 +130,46 @@ def _labels_inside(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tenso
     local = labels - start
     inside = (local >= 0) & (local < size)
     return inside, local.clamp(0, size - 1)
+
+
+def class_loss(
+    logits: Float[Tensor, "rows classes"], labels: Tensor, problem_type: str | None
+) -> tuple[Tensor, Tensor | int]:
+    """Compute the loss that Hugging Face's classifiers compute for such labels.
+
+    Args:
+        logits: Scores of the classes of each row.
+        labels: A class per row, -100 for none, or a number per class.
+        problem_type: What labels mean, as in the classifier's config; `None` to tell by them.
+
+    Returns:
+        Its sum over rows, or rows and classes, and how many of them have a label.
+
+    Raises:
+        ValueError: If the labels are of another shape or no class, or no row has one.
+    """
+    if problem_type is None and logits.shape[1] == 1:
+        problem_type = "regression"
+    is_mean_square = problem_type == "regression"
+    several = problem_type == "multi_label_classification"
+    per_class = is_mean_square or several or labels.dtype.is_floating_point
+    expected = list(logits.shape) if per_class else [len(logits)]
+    if labels.numel() != math.prod(expected):
+        msg = (
+            f"labels must have the shape {expected}, got {list(labels.shape)}: one class per row, "
+            "or for regression and several classes at once a float for each class."
+        )
+        raise ValueError(msg)
+    if per_class:
+        labels = labels.float().view_as(logits)
+        if is_mean_square:
+            return functional.mse_loss(logits, labels, reduction="sum"), labels.numel()
+        loss = functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        return loss, labels.numel()
+    require_labels(labels, logits.shape[1], "Load the model with as many classes (num_labels).")
+    labelled = labels != IGNORED
+    if not bool(labelled.any()):
+        msg = f"At least one row must have a label that is not {IGNORED}, got none."
+        raise ValueError(msg)
+    labels = labels.view(-1).long()
+    return functional.cross_entropy(logits, labels, reduction="sum"), labelled.sum()
