@@ -1,15 +1,23 @@
-"""A pretrained model to put memory on; `training_setup` importable; collecting garbage fast."""
+"""Pretrained models to put memory on; `training_setup` importable; collecting garbage fast."""
 
 import gc
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from byheart.adapters.attach_config import AttachConfig
+from byheart.data.tasks.facts import people_sentences
 from byheart.memory.config import KnnMemoryConfig
 from byheart.training.config import DataConfig, PretrainedConfig, RunConfig
 
@@ -57,3 +65,23 @@ def attached_run(llama, tmp_path):
         data=DataConfig(train=str(path), validation=str(path), cache_dir=str(tmp_path / "cache")),
         training=training_config(max_steps=6, evaluate_every=3),
     )
+
+
+@pytest.fixture
+def pretrained(tmp_path) -> Path:
+    """A BERT in half precision with the usual WordPiece tokenizer, as a folder."""
+    folder = tmp_path / "bert"
+    words = re.findall(
+        r"\w+|[.?,]", " ".join(people_sentences()[0] + people_sentences()[1]).lower()
+    )
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(words), *letters]
+    vocab = list(dict.fromkeys([*vocab, *(f"##{letter}" for letter in letters)]))
+    tokenizer = BertTokenizerFast(vocab={word: index for index, word in enumerate(vocab)})
+    tokenizer.save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocab), hidden_size=14, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=11, max_position_embeddings=40,
+    )  # fmt: skip
+    BertModel(config).to(torch.float16).save_pretrained(folder)
+    return folder

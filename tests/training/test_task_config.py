@@ -1,5 +1,6 @@
 """Configs of runs that learn a task: what fits together, and what is refused."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -141,6 +142,7 @@ def test_a_depth_may_be_as_long_as_the_longest_documents():
         (["training.average_decay=1"], "average_decay must be at least 0 and below 1, got 1"),
         (["training.length_decay=-1"], "length_decay must be at least 0"),
         (["training.seed=-1"], "training: seed must be at least 0"),
+        (["training.seed=4294967296"], "training: seed must be at most 4294967295, got 42949672"),
         (["evaluation.segments=[]"], "segments must name at least one length"),
         (["evaluation.segments=[0]"], "evaluation: segments must be at least 1"),
     ],
@@ -148,3 +150,41 @@ def test_a_depth_may_be_as_long_as_the_longest_documents():
 def test_what_does_not_fit_is_refused_with_its_name(settings, message):
     with pytest.raises(ValueError, match=message):
         apply_overrides(task_run(), settings)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "training.weight_decay=nan",
+        "training.learning_rate=inf",
+        "training.length_decay=nan",
+        "training.length_decay=inf",
+        "training.write_cost=nan",
+        "training.write_cost=inf",
+        "training.max_gradient_norm=nan",
+        "training.average_decay=nan",
+        "training.betas=[0.9, NaN]",
+        "memory.noise=nan",
+        "memory.noise=inf",
+        "memory.gate_noise=nan",
+        "memory.gate_bias_init=nan",
+        "memory.gate_bias_init=-inf",
+        "encoder.init_std=nan",
+        "encoder.dropout=nan",
+        "task.fragments=nan",
+        "curriculum.advance_accuracy=nan",
+    ],
+)
+def test_numbers_that_are_none_are_refused_with_their_name(setting):
+    name, _, value = setting.partition("=")
+    *_, part, field = ["", *name.split(".")]
+    with pytest.raises(ValueError, match=rf"{part}(\.|: ){field} must be .*, got") as met:
+        apply_overrides(task_run(memory={"update": "gated"}), [setting])
+    assert value.strip("-[]0.9, ").lower() in str(met.value)
+
+
+def test_gradients_of_any_length_and_the_largest_seed_are_taken():
+    run = apply_overrides(
+        task_run(), ["training.max_gradient_norm=inf", f"training.seed={2**32 - 1}"]
+    )
+    assert run.training.resolve(run.curriculum).max_gradient_norm == math.inf

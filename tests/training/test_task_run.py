@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import shutil
 import signal
 from dataclasses import replace
@@ -13,11 +12,10 @@ import pytest
 import torch
 from task_setup import numbers_of, task_part, task_run
 from training_setup import metrics_of
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from byheart.config import load_config
 from byheart.data.tasks import collate, draw_burn_in
-from byheart.data.tasks.facts import is_direct, is_hard, people_sentences
+from byheart.data.tasks.facts import is_direct, is_hard
 from byheart.errors import CheckpointError, DataError
 from byheart.evaluation.segments import evaluate_by_segments
 from byheart.memory.files import load_directory
@@ -156,6 +154,19 @@ def test_the_rate_falls_at_once_as_it_would_have(tmp_path):
     assert [rates[0][step] for step in (last - 1, last)] == [
         rates[1][step] for step in (last - 1, last)
     ]
+
+
+def test_the_share_that_is_rewritten_is_logged_over_interruptions(tmp_path):
+    # 5 and 3 do not divide each other: a log line spans a checkpoint
+    run = task_run(memory={"update": "gated"}, training={"keep_checkpoints": 9})
+    train_task(run, tmp_path / "whole")
+    lines = [line for line in metrics_of(tmp_path / "whole") if "loss" in line]
+    assert all(0 < line["write_share"] < 1 for line in lines)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for step in steps_of(tmp_path / "again")[1:]:
+        shutil.rmtree(tmp_path / "again" / f"checkpoint-{step}")
+    assert train_task(run, tmp_path / "again", resume=True).resumed_from == 3
+    assert metrics_of(tmp_path / "again") == metrics_of(tmp_path / "whole")
 
 
 def test_without_its_curriculum_the_resumed_run_would_be_another(whole, tmp_path, monkeypatch):
@@ -376,6 +387,13 @@ def test_a_stage_that_is_not_reached_is_said_and_can_be_given_more_time(tmp_path
     assert metrics_of(tmp_path) == metrics_of(tmp_path / "whole")
 
 
+def test_a_stage_that_ends_between_evaluations_goes_on_to_the_next_and_says_so(tmp_path):
+    settings = {"advance_accuracy": 1.0, "stage_steps": 4, "evaluate_every": 3}
+    result = train_task(task_run(curriculum=settings), tmp_path)
+    assert (result.outcome, result.steps) == ("not reached", 6)
+    assert "of 1 of 3 segments was not reached: after 6 steps the accuracy" in result.summary
+
+
 def test_facts_that_do_not_fit_into_the_first_documents_are_refused(tmp_path):
     many = task_part(name="capacity", num_facts=9)
     with pytest.raises(
@@ -423,26 +441,6 @@ def test_the_model_that_was_saved_is_the_one_that_was_measured(whole):
     )
     saved = numbers_of(whole)["evaluation"]["measurements"]
     assert [m.num_right for m in again.measurements] == [m["num_right"] for m in saved]
-
-
-@pytest.fixture
-def pretrained(tmp_path) -> Path:
-    """A BERT in half precision with the usual WordPiece tokenizer, as a folder."""
-    folder = tmp_path / "bert"
-    words = re.findall(
-        r"\w+|[.?,]", " ".join(people_sentences()[0] + people_sentences()[1]).lower()
-    )
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(words), *letters]
-    vocab = list(dict.fromkeys([*vocab, *(f"##{letter}" for letter in letters)]))
-    tokenizer = BertTokenizerFast(vocab={word: index for index, word in enumerate(vocab)})
-    tokenizer.save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(vocab), hidden_size=14, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=11, max_position_embeddings=40,
-    )  # fmt: skip
-    BertModel(config).to(torch.float16).save_pretrained(folder)
-    return folder
 
 
 def test_a_pretrained_encoder_learns_with_its_own_tokenizer(pretrained, tmp_path):

@@ -149,6 +149,13 @@ def test_loss_that_is_not_a_number_is_logged_as_it_is(tmp_path):
     assert losses(tmp_path) == ["nan", "nan"]
 
 
+def test_gradients_of_any_length_can_be_taken_as_they_are(tmp_path):
+    for name, length in (("inf", math.inf), ("large", 1e30), ("short", 1e-3)):
+        config = training_config(max_steps=3, max_gradient_norm=length)
+        make_trainer(tmp_path / name, config).train()
+    assert losses(tmp_path / "inf") == losses(tmp_path / "large") != losses(tmp_path / "short")
+
+
 def _evaluate_with_memory(decoder: Decoder) -> dict[str, float]:
     """Reads documents into a memory of its own, and uses up random numbers."""
     dataset = make_dataset(training_config())

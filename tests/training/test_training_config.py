@@ -1,5 +1,7 @@
 """Configs of a run: what they refuse, and how the vocabulary gets in."""
 
+import math
+
 import pytest
 from training_setup import model_config, run_config
 
@@ -21,6 +23,13 @@ from byheart.training.config import (
         ({"keep_checkpoints": 1}, "keep_checkpoints must be at least 2, got 1"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
+        ({"weight_decay": math.nan}, "weight_decay must be at least 0, got nan"),
+        ({"weight_decay": math.inf}, "weight_decay must be a finite number, got inf. Write"),
+        ({"learning_rate": math.inf}, "learning_rate must be a finite number, got inf"),
+        ({"gate_learning_rate_factor": math.inf}, "factor must be a finite number, got inf"),
+        ({"max_gradient_norm": math.nan}, "max_gradient_norm must be above 0, got nan"),
         ({"betas": (0.9, 1.0)}, "betas must be at least 0 and below 1"),
         ({"min_learning_rate_ratio": 1.0}, "min_learning_rate_ratio must be .* below 1, got 1.0"),
         (
@@ -33,6 +42,18 @@ from byheart.training.config import (
 def test_training_config_refuses_what_makes_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**changes)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "name", ["attention_scale_init", "gate_bias_init", "dropout", "knn_memory.age_slope"]
+)
+def test_numbers_of_the_model_that_are_none_are_refused(tmp_path, name, value):
+    pattern = rf"model(\.|: |\.knn_memory: ){name} must be .*, got {value}".replace(
+        "knn_memory.age_slope must", "(knn_memory.)?age_slope must"
+    )
+    with pytest.raises(ValueError, match=pattern):
+        apply_overrides(run_config(tmp_path), [f"model.{name}={value}"])
 
 
 def test_evaluation_and_data_refuse_what_makes_no_sense():

@@ -286,7 +286,7 @@ def load_memory(
 
 
 @contextmanager
-def explained_write_errors(path: Path) -> Iterator[None]:
+def explained_write_errors(path: Path, *, is_begun: bool = True) -> Iterator[None]:
     """Turn a failed write, whatever library reports it, into one clear error.
 
     Other errors, such as a lack of memory, pass unchanged.
@@ -294,6 +294,7 @@ def explained_write_errors(path: Path) -> Iterator[None]:
     Args:
         path: What is being written. A directory is removed again if it is incomplete, which may
             free the disk.
+        is_begun: Whether there is a run to go on with.
 
     Yields:
         Nothing.
@@ -310,11 +311,14 @@ def explained_write_errors(path: Path) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, CheckpointError) else error
         if not _is_failed_write(cause):
             raise
-        free = _free_space(path)
+        remedy = (
+            "; then go on from the last complete checkpoint with resume=True (--resume)."
+            if is_begun
+            else ", or choose another directory (--out)."
+        )
         msg = (
-            f"{path} could not be written: {cause}. See that the disk has room ({free} free) and "
-            "may be written to; then go on from the last complete checkpoint with resume=True "
-            "(--resume)."
+            f"{path} could not be written: {cause}. See that the disk has room "
+            f"({_free_space(path)} free) and may be written to{remedy}"
         )
         raise CheckpointError(msg) from error
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from byheart.adapters.attach_config import AttachConfig
-from byheart.choices import require_choices
+from byheart.choices import require_choices, require_finite
 from byheart.data.documents import FolderAs, OnBad
 from byheart.models.config import DecoderConfig, preset
 
 __all__ = [
+    "MAY_BE_INFINITE",
     "Compile",
     "DataConfig",
     "EvaluationConfig",
@@ -22,7 +23,11 @@ __all__ = [
 
 # the share that the authors' cosine schedule ends at
 _DEFAULT_MIN_RATIO = 0.1
+# NumPy's generators take none above
+_LARGEST_SEED = 2**32 - 1
 
+MAY_BE_INFINITE = ("max_gradient_norm",)
+"""Fields of runs in which infinity means something."""
 
 Compile: TypeAlias = Literal["no", "default", "reduce-overhead"]
 """Whether, and in which mode of `torch.compile`, the steps of a run are compiled."""
@@ -58,7 +63,7 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of AdamW's averages of gradients and of their squares."""
     max_gradient_norm: float = 1.0
-    """Longer gradients, over all parameters, are scaled down to this length."""
+    """Longer gradients, over all parameters, are scaled down to this length; `inf` scales none."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the matrix products; weights and optimizer are always float32."""
     compile: Compile = "no"
@@ -84,6 +89,7 @@ class TrainingConfig:
             ("max_steps", 1),
             ("warmup_steps", 0),
             ("weight_decay", 0),
+            ("seed", 0),
             ("save_every", 1),
             ("keep_checkpoints", 2),
             ("log_every", 1),
@@ -95,6 +101,9 @@ class TrainingConfig:
             if not getattr(self, name) > 0:
                 msg = f"{name} must be above 0, got {getattr(self, name)}."
                 raise ValueError(msg)
+        if self.seed > _LARGEST_SEED:
+            msg = f"seed must be at most {_LARGEST_SEED}, got {self.seed}. Choose a smaller one."
+            raise ValueError(msg)
         if not all(0 <= beta < 1 for beta in self.betas):
             msg = f"betas must be at least 0 and below 1, got {self.betas}."
             raise ValueError(msg)
@@ -106,6 +115,7 @@ class TrainingConfig:
             )
             raise ValueError(msg)
         self._check_schedule()
+        require_finite(self, but=MAY_BE_INFINITE)
 
     def _check_schedule(self) -> None:
         ratio = self.min_learning_rate_ratio
@@ -327,6 +337,7 @@ class RunConfig:
             got = "neither" if self.model is None else "both"
             msg = f"A run must have either a model or a pretrained one, got {got}. Set one to null."
             raise ValueError(msg)
+        require_finite(self, but=MAY_BE_INFINITE)
 
     @property
     def segment_length(self) -> int:
@@ -342,7 +353,7 @@ def _values(config: DecoderConfig) -> dict[str, Any]:
 
 
 def require_at_least(name: str, value: int | float, least: int) -> None:
-    """Refuse a number below the least.
+    """Refuse a number below the least, and NaN.
 
     Args:
         name: Of the field.
@@ -350,8 +361,8 @@ def require_at_least(name: str, value: int | float, least: int) -> None:
         least: The least.
 
     Raises:
-        ValueError: If the value is below.
+        ValueError: If the value is not at least that.
     """
-    if value < least:
+    if not value >= least:
         msg = f"{name} must be at least {least}, got {value}."
         raise ValueError(msg)

@@ -19,20 +19,24 @@ from byheart.memory.state import MemoryState
 __all__ = ["Meter", "MetricsFile", "memory_fill", "plain_number"]
 
 
+# sums of `Meter`: nats, predicted tokens, tokens read since the beginning of the run, shares of the
+# memory that were rewritten, and their number; and tokens read since the clock was started
+_TOTAL, _SHARES, _READ = 2, slice(3, 5), 5
+
+
 class Meter:
     """Sums over the steps since the last log line, on one process.
 
     The sums are float64 tensors on the training device, so that adding to them waits for nothing,
     and they are part of a checkpoint: a line that spans an interruption says what it would have
-    said without.
+    said without. Only its rate is that of the steps since the interruption.
 
     Args:
         device: Where training runs.
     """
 
     def __init__(self, device: torch.device) -> None:
-        # nats, predicted tokens, tokens read; and tokens read since the beginning of the run
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
         self.restart_clock()
 
     def add(self, nats: Tensor, num_predicted: Tensor, num_read: Tensor) -> None:
@@ -43,7 +47,17 @@ class Meter:
             num_predicted: Predicted tokens.
             num_read: Real input tokens.
         """
-        self.sums += torch.stack([nats.detach().double(), num_predicted, num_read, num_read])
+        self.sums[: _TOTAL + 1] += torch.stack([nats.detach().double(), num_predicted, num_read])
+        self.sums[_READ] += num_read
+
+    def add_write_share(self, share: Tensor) -> None:
+        """Count how much of the memory a micro-batch has rewritten.
+
+        Args:
+            share: Of the memory, mean over its documents.
+        """
+        share = share.detach().double()
+        self.sums[_SHARES] += torch.stack([share, torch.ones_like(share)])
 
     def take(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Turn the sums into metrics and start the next line.
@@ -52,18 +66,21 @@ class Meter:
             add_up: Adds a tensor up over all processes.
 
         Returns:
-            Mean loss per predicted token in nats, tokens read since the beginning, and tokens read
-            per second, over all processes.
+            Mean loss per predicted token in nats, tokens read since the beginning, tokens read per
+            second and, where it was counted, the mean share of the memory that was rewritten, over
+            all processes.
         """
-        nats, predicted, read, total = add_up(self.sums.clone()).tolist()
+        nats, predicted, total, shares, num_shares, read = add_up(self.sums.clone()).tolist()
         seconds = time.perf_counter() - self._since
-        self.sums[:3] = 0
+        self.sums[:_TOTAL] = 0
+        self.sums[_TOTAL + 1 :] = 0
         self.restart_clock()
-        return {
+        metrics = {
             "loss": nats / predicted if predicted else math.nan,
             "num_tokens": int(total),
             "tokens_per_second": read / seconds,
         }
+        return metrics | ({"write_share": shares / num_shares} if num_shares else {})
 
     def restart_clock(self) -> None:
         """Count seconds from now on."""
@@ -78,17 +95,22 @@ class Meter:
         finally:
             self._since += time.perf_counter() - before
 
-    def state(self) -> Float64[Tensor, " 4"]:
+    def state(self) -> Float64[Tensor, " 5"]:
         """Return what a checkpoint keeps."""
-        return self.sums.cpu().clone()
+        # the clock does not go on from there, so neither does what was read by it
+        return self.sums[:_READ].cpu().clone()
 
-    def load_state(self, sums: Float64[Tensor, " 4"]) -> None:
-        """Go on from a checkpoint.
+    def load_state(self, sums: Float64[Tensor, " sum"]) -> None:
+        """Go on from a checkpoint. The clock must be restarted when steps begin.
 
         Args:
             sums: What `state` returned.
         """
-        self.sums.copy_(sums)
+        if len(sums) == 4:
+            # from before shares were kept: the third are tokens of the rate
+            sums = sums[[0, 1, 3]]
+        self.sums.zero_()
+        self.sums[: len(sums)] = sums
 
 
 def memory_fill(states: list[MemoryState]) -> float | None:

@@ -129,8 +129,9 @@ class ResumableTrainer(Trainer, ABC):  # type: ignore[misc]
         """
         checkpoint = resume_from_checkpoint
         if checkpoint is None:
-            # with one seed for all, rows of different processes would share their dropout
-            set_seed(self.training_config.seed + self.args.process_index)
+            # with one seed for all, rows of different processes would share their dropout; NumPy
+            # takes none above 32 bits
+            set_seed((self.training_config.seed + self.args.process_index) % 2**32)
             self._meter = Meter(self.args.device)
             self._begin()
         else:

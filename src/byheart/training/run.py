@@ -45,7 +45,7 @@ from byheart.training.models import (
     require_model,
     save_trained,
 )
-from byheart.training.trainer import METRICS, MemoryTrainer
+from byheart.training.trainer import METRICS, MemoryTrainer, require_trainable
 
 __all__ = ["TrainResult", "refuse_existing", "train"]
 
@@ -149,6 +149,9 @@ class _Parts:
     dataset: SegmentDataset
     checkpoint: Checkpoint | None
     """Where to go on."""
+    model: TrainableModel
+    evaluate: Callable[[TrainableModel], dict[str, float]] | None
+    """Measures the model, if there are validation documents."""
 
 
 def _prepare(
@@ -159,7 +162,7 @@ def _prepare(
     resume: bool,
     on_event: Callable[[TrainEvent], None] | None,
 ) -> _Parts:
-    """Open everything and check that it fits together, changing nothing in the directory.
+    """Make everything and check that it fits together, changing nothing in the directory.
 
     Returns:
         What the run is made of.
@@ -186,7 +189,13 @@ def _prepare(
         )  # fmt: skip
         checkpoint.require_same(identity)
         _check_steps(checkpoint, run, out)
-    return _Parts(run=run, data=data, dataset=dataset, checkpoint=checkpoint)
+    torch.manual_seed(run.training.seed)
+    model = make_model(run, vocab_size)
+    evaluate = _tried_evaluation(run, data, model)
+    require_trainable(model, dataset, run.training, arguments.world_size)
+    return _Parts(
+        run=run, data=data, dataset=dataset, checkpoint=checkpoint, model=model, evaluate=evaluate
+    )
 
 
 def _train(
@@ -194,20 +203,7 @@ def _train(
     arguments: TrainingArguments,
     on_event: Callable[[TrainEvent], None] | None,
 ) -> TrainableModel:
-    run, validation, tokenizer = parts.run, parts.data.validation, parts.data.tokenizer
-    torch.manual_seed(run.training.seed)
-    model = make_model(run, tokenizer.vocab_size)
-    evaluate = None
-    if validation is not None:
-        lengths = validation.lengths[: run.evaluation.max_documents]
-        longest = min(int(lengths.max()), run.evaluation.max_tokens or sys.maxsize) - 1
-        model.require_document_fits(longest, "Cut them with evaluation.max_tokens.")
-        evaluate = _evaluation(validation, tokenizer, run.evaluation)
-        # two tokens of each setting: what cannot be measured is refused now, not hours later
-        first = replace(run.evaluation, max_documents=1, max_tokens=2)
-        _evaluation(validation, tokenizer, first)(model)
-    elif run.training.evaluate_every is not None:
-        _LOGGER.warning("training.evaluate_every has no effect without data.validation.")
+    run, tokenizer, model = parts.run, parts.data.tokenizer, parts.model
     trainer = MemoryTrainer(
         model,
         parts.dataset,
@@ -215,7 +211,7 @@ def _train(
         arguments,
         identity=model_identity(run, tokenizer.vocab_size),
         tokenizer_fingerprint=tokenizer.fingerprint,
-        evaluate=evaluate,
+        evaluate=parts.evaluate,
         on_event=on_event,
     )
     trainer.evaluates_first = run.evaluation.short_tokens is not None
@@ -223,6 +219,22 @@ def _train(
     if isinstance(model, MemoryModel):
         merge_lora(model)
     return model
+
+
+def _tried_evaluation(
+    run: RunConfig, data: RunData, model: TrainableModel
+) -> Callable[[TrainableModel], dict[str, float]] | None:
+    if data.validation is None:
+        if run.training.evaluate_every is not None:
+            _LOGGER.warning("training.evaluate_every has no effect without data.validation.")
+        return None
+    lengths = data.validation.lengths[: run.evaluation.max_documents]
+    longest = min(int(lengths.max()), run.evaluation.max_tokens or sys.maxsize) - 1
+    model.require_document_fits(longest, "Cut them with evaluation.max_tokens.")
+    # two tokens of each setting: what cannot be measured is refused now, not hours later
+    first = replace(run.evaluation, max_documents=1, max_tokens=2)
+    _evaluation(data.validation, data.tokenizer, first)(model)
+    return _evaluation(data.validation, data.tokenizer, run.evaluation)
 
 
 def _evaluation(
@@ -292,7 +304,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def _begin_directory(out: Path, parts: _Parts) -> None:
-    with explained_write_errors(out / CONFIG):
+    with explained_write_errors(out / CONFIG, is_begun=parts.checkpoint is not None):
         out.mkdir(parents=True, exist_ok=True)
         (out / RESULT).unlink(missing_ok=True)
         for left_by_a_kill in out.glob(f".{MODEL}.*"):

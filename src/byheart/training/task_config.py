@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from byheart.choices import require_choices
+from byheart.choices import require_choices, require_finite
 from byheart.data.tasks import TaskConfig, TaskForm, TaskName
 from byheart.models.recurrent_config import RecurrentMemoryConfig
-from byheart.training.config import TrainingConfig, require_at_least
+from byheart.training.config import MAY_BE_INFINITE, TrainingConfig, require_at_least
 from byheart.training.curriculum import CurriculumConfig
 from byheart.training.encoder_config import EncoderConfig
 
@@ -201,7 +201,7 @@ class TaskTrainingConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's averages of gradients and of their squares."""
     max_gradient_norm: float = 1.0
-    """Longer gradients, over all parameters, are scaled down to this length."""
+    """Longer gradients, over all parameters, are scaled down to this length; `inf` scales none."""
     write_cost: float = 0.0
     """What it costs to rewrite the whole memory in every segment, in nats, once the last stage has
     been reached: added to the loss, times the share that is rewritten. With `memory.update=gated`
@@ -224,7 +224,6 @@ class TaskTrainingConfig:
 
     def __post_init__(self) -> None:
         require_choices(self)
-        require_at_least("seed", self.seed, 0)
         require_at_least("length_decay", self.length_decay, 0)
         require_at_least("write_cost", self.write_cost, 0)
         if not 0 <= self.average_decay < 1:
@@ -315,6 +314,7 @@ class TaskRunConfig:
                 "encoder set pretrained=FOLDER and encoder=null."
             )
             raise ValueError(msg)
+        require_finite(self, but=MAY_BE_INFINITE)
         self._check_dropout()
         if self.curriculum.lessons and self.task.name != "reason":
             msg = f"curriculum.lessons must be false for the task {self.task.name!r}, got true."

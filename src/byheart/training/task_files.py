@@ -59,14 +59,13 @@ def find_result(run_dir: str | os.PathLike[str], run: TaskRunConfig) -> dict[str
 
     Raises:
         CheckpointError: If a finished run without checkpoints did something else: it cannot go on,
-            and must not be overwritten.
+            and must not be overwritten. Or if a file is damaged.
     """
     directory = Path(run_dir)
     if not (directory / RESULT).is_file():
         return None
-    if load_config(TaskRunConfig, directory / CONFIG) == run:
-        content: dict[str, Any] = json.loads((directory / RESULT).read_text(encoding="utf-8"))
-        return content
+    if _load_run(directory) == run:
+        return _load_result(directory)
     if not any(directory.glob("checkpoint-*")):
         msg = (
             f"{directory} must hold a run with these settings, or one with checkpoints to go on "
@@ -95,7 +94,8 @@ def load_task_run(
         Model and documents.
 
     Raises:
-        CheckpointError: If the run is not finished, or has not kept the stage.
+        CheckpointError: If the run is not finished, has not kept the stage or has another
+            tokenizer than it was trained with, or a file is damaged.
         DataError: If its documents are not where its config says, or the background cannot be
             used.
     """
@@ -105,9 +105,9 @@ def load_task_run(
     else:
         require_finished(directory)
     model = directory / MODEL if stage is None else stage_directory(directory, stage)
-    run = load_config(TaskRunConfig, directory / CONFIG)
+    run = _load_run(directory)
     _require_files(run, directory, has_background=background is not None)
-    tokenizer = load_tokenizer(directory / TOKENIZER)
+    tokenizer = _load_tokenizer(directory)
     return TrainedTask(
         run=run,
         memory_model=load_recurrent(None, model),
@@ -168,6 +168,57 @@ def final_task(
         raise DataError(msg)
     seed = run.training.seed + _FINAL_SEED
     return make_task(run, tokenizer, is_training=False, seed=seed, background=background)
+
+
+def _load_run(directory: Path) -> TaskRunConfig:
+    path = directory / CONFIG
+    try:
+        return load_config(TaskRunConfig, path)
+    except (OSError, TypeError, ValueError) as error:
+        msg = (
+            f"{path} must hold the settings of a run that has learned a task, and does not "
+            f"({error}). Restore the file, or name another run."
+        )
+        raise CheckpointError(msg) from error
+
+
+def _load_result(directory: Path) -> dict[str, Any]:
+    path = directory / RESULT
+    problem = "it has no summary"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        content, problem = None, str(error)
+    if not isinstance(content, dict) or "summary" not in content:
+        msg = (
+            f"{path} must hold the result of a run that has learned a task, and does not "
+            f"({problem}). Restore the file, or remove it and finish the run with resume=True "
+            "(--resume)."
+        )
+        raise CheckpointError(msg)
+    return content
+
+
+def _load_tokenizer(directory: Path) -> Tokenizer:
+    path = directory / TOKENIZER
+    try:
+        tokenizer = load_tokenizer(path)
+    except (OSError, ValueError) as error:
+        msg = (
+            f"{path} must hold the tokenizer of the run, and does not ({error}). Restore it, or "
+            "train anew."
+        )
+        raise CheckpointError(msg) from error
+    if (directory / RESULT).is_file():
+        # results of earlier versions do not name it
+        saved = _load_result(directory).get("tokenizer_fingerprint", tokenizer.fingerprint)
+        if tokenizer.fingerprint != saved:
+            msg = (
+                f"{path} must be the one of the run, {saved[:12]}, got "
+                f"{tokenizer.fingerprint[:12]}. Put the tokenizer back that the run has saved."
+            )
+            raise CheckpointError(msg)
+    return tokenizer
 
 
 def _require_files(run: TaskRunConfig, directory: Path, *, has_background: bool) -> None:

@@ -84,8 +84,8 @@ class TaskResult:
         kind = "lesson" if last.lesson else "stage"
         return (
             f"The {kind} of {last.num_segments} of {config.max_segments} segments was not reached: "
-            f"after {config.stage_steps:,} steps the accuracy is {last.accuracy:.1%}, and must be "
-            f"{config.advance_accuracy:.1%}. Raise "
+            f"after {last.step - self.curriculum.stage_start:,} steps the accuracy is "
+            f"{last.accuracy:.1%}, and must be {config.advance_accuracy:.1%}. Raise "
             "curriculum.stage_steps and go on with resume=True (--resume), or change the training."
         )
 
@@ -163,61 +163,75 @@ def train_task(
         # the others come when the main process has begun the directory
         if is_main and not resume and not overwrite:
             refuse_existing(out)
-        checkpoint = find_start(out, run, _FREE_NAMES) if resume else None
-        saved = out / TOKENIZER if resume or not is_main else None
-        tokenizer = make_tokenizer(run, saved)
-        identity = _identity(run, tokenizer, arguments.world_size)
-        if checkpoint is not None:
-            checkpoint.require_same(identity)
-            _check_steps(run, out, checkpoint)
-            _check_stages(run, out, checkpoint)
-        train, validation = (
-            make_task(run, tokenizer.tokenizer, is_training=is_training, seed=run.training.seed)
-            for is_training in (True, False)
-        )
-        _check_shortest(run, train)
-        if run.curriculum.lessons:
-            # refused now, while what the directory holds is still there
-            train.lesson(), validation.lesson()
+        parts = _prepare(run, out, arguments, resume=resume)
         if is_main:
-            _begin_directory(out, run, tokenizer, checkpoint)
-    trainer = _train(run, tokenizer, (train, validation), arguments, identity, checkpoint, on_event)
+            _begin_directory(out, parts)
+    trainer = TaskTrainer(
+        parts.memory_model,
+        parts.train,
+        parts.validation,
+        run,
+        arguments,
+        identity=parts.identity,
+        on_event=on_event,
+    )
+    trainer.train(parts.checkpoint)
     if is_main:
         with explained_write_errors(out / MODEL):
             save_recurrent(trainer.best_model, out / MODEL, with_model=True)
-    result = _result(trainer, tokenizer, checkpoint, on_progress)
+    result = _result(trainer, parts, on_progress)
     if is_main:
         with explained_write_errors(out / RESULT):
-            _write_result(result, run, tokenizer, trainer.best_model)
+            _write_result(result, parts, trainer.best_model)
     arguments.distributed_state.wait_for_everyone()
     return result
 
 
-def _train(
-    run: TaskRunConfig,
-    tokenizer: TaskTokenizer,
-    tasks: tuple[Task, Task],
-    arguments: TrainingArguments,
-    identity: dict[str, Any],
-    checkpoint: Checkpoint | None,
-    on_event: Callable[[TrainEvent], None] | None,
-) -> TaskTrainer:
-    train, validation = tasks
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Parts:
+    run: TaskRunConfig
+    tokenizer: TaskTokenizer
+    train: Task
+    validation: Task
+    memory_model: RecurrentMemory
+    identity: dict[str, Any]
+    """What the run depends on, for checkpoints."""
+    checkpoint: Checkpoint | None
+    """Where to go on."""
+
+
+def _prepare(
+    run: TaskRunConfig, out: Path, arguments: TrainingArguments, *, resume: bool
+) -> _Parts:
+    """Make everything and check that it fits together, changing nothing in the directory.
+
+    Returns:
+        What the run is made of.
+    """
+    checkpoint = find_start(out, run, _FREE_NAMES) if resume else None
+    saved = out / TOKENIZER if resume or arguments.process_index > 0 else None
+    tokenizer = make_tokenizer(run, saved)
+    identity = _identity(run, tokenizer, arguments.world_size)
+    if checkpoint is not None:
+        checkpoint.require_same(identity)
+        _check_steps(run, out, checkpoint)
+        _check_stages(run, out, checkpoint)
+    train, validation = (
+        make_task(run, tokenizer.tokenizer, is_training=is_training, seed=run.training.seed)
+        for is_training in (True, False)
+    )
+    _check_shortest(run, train)
+    if run.curriculum.lessons:
+        # refused now, while what the directory holds is still there
+        train.lesson(), validation.lesson()
     memory_model = make_memory_model(run, tokenizer, train.num_labels)
     if run.training.precision == "bfloat16" and arguments.device.type == "cpu":
         # the backward pass of torch's fused attention takes 7 times as long there as in float32
         memory_model.model.set_attn_implementation("eager")
-    trainer = TaskTrainer(
-        memory_model,
-        train,
-        validation,
-        run,
-        arguments,
-        identity=identity,
-        on_event=on_event,
-    )
-    trainer.train(checkpoint)
-    return trainer
+    return _Parts(
+        run=run, tokenizer=tokenizer, train=train, validation=validation,
+        memory_model=memory_model, identity=identity, checkpoint=checkpoint,
+    )  # fmt: skip
 
 
 def _identity(run: TaskRunConfig, tokenizer: TaskTokenizer, num_processes: int) -> dict[str, Any]:
@@ -281,10 +295,9 @@ def _check_shortest(run: TaskRunConfig, train: Task) -> None:
             raise ValueError(msg)
 
 
-def _begin_directory(
-    out: Path, run: TaskRunConfig, tokenizer: TaskTokenizer, checkpoint: Checkpoint | None
-) -> None:
-    with explained_write_errors(out / CONFIG):
+def _begin_directory(out: Path, parts: _Parts) -> None:
+    run, checkpoint = parts.run, parts.checkpoint
+    with explained_write_errors(out / CONFIG, is_begun=checkpoint is not None):
         out.mkdir(parents=True, exist_ok=True)
         (out / RESULT).unlink(missing_ok=True)
         if checkpoint is not None:
@@ -297,17 +310,17 @@ def _begin_directory(
                 (out / name).unlink(missing_ok=True)
             for name in (MODEL, STAGES, TOKENIZER, _TENSORBOARD):
                 shutil.rmtree(out / name, ignore_errors=True)
-            tokenizer.tokenizer.save(out / TOKENIZER)
+            parts.tokenizer.tokenizer.save(out / TOKENIZER)
         save_config(run, out / CONFIG)
 
 
 def _result(
     trainer: TaskTrainer,
-    tokenizer: TaskTokenizer,
-    checkpoint: Checkpoint | None,
+    parts: _Parts,
     on_progress: Callable[[SegmentsProgress], None] | None,
 ) -> TaskResult:
-    model, run, step = trainer.best_model, trainer.run, trainer.state.global_step
+    model, run, checkpoint = trainer.best_model, parts.run, parts.checkpoint
+    step = trainer.state.global_step
     return TaskResult(
         out_dir=trainer.out_dir,
         model_dir=trainer.out_dir / MODEL,
@@ -318,7 +331,7 @@ def _result(
         curriculum=trainer.curriculum,
         evaluation=evaluate_by_segments(
             model,
-            final_task(run, tokenizer.tokenizer),
+            final_task(run, parts.tokenizer.tokenizer),
             segments=run.evaluation.segments,
             samples=run.evaluation.samples,
             rows=run.evaluation.rows,
@@ -328,14 +341,12 @@ def _result(
     )
 
 
-def _write_result(
-    result: TaskResult, run: TaskRunConfig, tokenizer: TaskTokenizer, model: RecurrentMemory
-) -> None:
+def _write_result(result: TaskResult, parts: _Parts, model: RecurrentMemory) -> None:
     content: Mapping[str, object] = {
-        "name": run.name,
+        "name": parts.run.name,
         **result.to_dict(),
         "model_fingerprint": model_fingerprint(model),
-        "tokenizer_fingerprint": tokenizer.tokenizer.fingerprint,
+        "tokenizer_fingerprint": parts.tokenizer.tokenizer.fingerprint,
         "versions": {name: version(name) for name in ("byheart", "torch", "transformers")},
     }
     write_text_atomic(result.out_dir / RESULT, json.dumps(content, indent=2) + "\n")

@@ -85,7 +85,6 @@ class TaskTrainer(ResumableTrainer):
         self.curriculum = Curriculum(config=run.curriculum)
         """How far the run has come."""
         self._average: AveragedModel | None = None
-        self._write_shares: list[Tensor] = []
         self._identity = identity
         self._num_rows = num_rows
         self.add_callback(_LastStep(self))
@@ -147,7 +146,7 @@ class TaskTrainer(ResumableTrainer):
         count = torch.tensor(len(samples), device=self.args.device)
         self._meter.add(loss * count, count, batch["attention_mask"].sum() + num_read_before)
         if out.write_share is not None:
-            self._write_shares.append(out.write_share.detach())
+            self._meter.add_write_share(out.write_share)
         cost = self.run.training.write_cost
         has_cost = cost > 0 and self.curriculum.saturated_at is not None
         return loss + cost * out.write_share if has_cost else loss
@@ -255,9 +254,6 @@ class TaskTrainer(ResumableTrainer):
             return
         metrics = self._meter.take(self._add_up)
         metrics |= {"learning_rate": logs["learning_rate"], "gradient_norm": logs["grad_norm"]}
-        if self._write_shares:
-            metrics["write_share"] = torch.stack(self._write_shares).mean().item()
-            self._write_shares.clear()
         lengths = {"stage": self.curriculum.stage, "longest": self.curriculum.longest}
         self._write("log", metrics | lengths)
 

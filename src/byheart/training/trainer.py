@@ -26,7 +26,7 @@ from byheart.training.optim import make_optimizer
 from byheart.training.resumable import METRICS, ResumableTrainer
 from byheart.training.wrapper import TrainedModel
 
-__all__ = ["METRICS", "MemoryTrainer"]
+__all__ = ["METRICS", "MemoryTrainer", "require_trainable"]
 
 
 class MemoryTrainer(ResumableTrainer):
@@ -68,10 +68,7 @@ class MemoryTrainer(ResumableTrainer):
         evaluate: Callable[[TrainableModel], Mapping[str, float]] | None = None,
         on_event: Callable[[TrainEvent], None] | None = None,
     ) -> None:
-        check_fit(model.memory_layout.segment_length, dataset, config, arguments.world_size)
-        require_compilable(model.memory_layout, config.compile)
-        longest = int(dataset.plan.document_tokens.max()) - 1
-        model.require_document_fits(longest, "Cut documents with data.max_document_tokens.")
+        require_trainable(model, dataset, config, arguments.world_size)
         super().__init__(
             TrainedModel(model, config.compile),
             dataset,
@@ -273,6 +270,26 @@ class MemoryTrainer(ResumableTrainer):
     def _empty_memory(self) -> list[MemoryState]:
         rows, count = self.training_config.rows_per_device, self.training_config.accumulation_steps
         return [self.trained.new_state(rows) for _ in range(count)]
+
+
+def require_trainable(
+    model: TrainableModel, dataset: SegmentDataset, config: TrainingConfig, num_processes: int
+) -> None:
+    """Refuse what a `MemoryTrainer` cannot train.
+
+    Args:
+        model: The model.
+        dataset: The segments of all rows in the order of the steps.
+        config: How to train.
+        num_processes: Processes of the run.
+
+    Raises:
+        ValueError: If they do not fit together.
+    """
+    check_fit(model.memory_layout.segment_length, dataset, config, num_processes)
+    require_compilable(model.memory_layout, config.compile)
+    longest = int(dataset.plan.document_tokens.max()) - 1
+    model.require_document_fits(longest, "Cut documents with data.max_document_tokens.")
 
 
 def _identity(model: TrainableModel) -> dict[str, Any]:
