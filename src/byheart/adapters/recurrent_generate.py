@@ -93,10 +93,11 @@ def _continue(
     options: dict[str, Any],
 ) -> tuple[Tensor, RecurrentState]:
     options, ends = _with_end(memory_model, options)
-    together = memory_model.generates_behind_padding
     # the first new token may be the end
     certain = 1 if len(ends) else max_new_tokens
-    state, last = _read_but_last(memory_model, input_ids, attention_mask, state, certain)
+    before, last = _apart_from_last(memory_model, input_ids, attention_mask, state, certain)
+    together = memory_model.generates_behind_padding
+    state = _read(memory_model, input_ids, before, state)
     unfinished = torch.ones_like(last, dtype=torch.bool)
     pieces: list[Tensor] = []
     left, length = max_new_tokens, memory_model.memory_config.segment_length
@@ -134,7 +135,8 @@ def _token_by_token(
     options, ends = _with_end(memory_model, options)
     sampling = options.get("sampling") or SamplingConfig(temperature=0.0)
     certain = 1 if len(ends) else max_new_tokens
-    state, newest = _read_but_last(memory_model, input_ids, attention_mask, state, certain)
+    before, newest = _apart_from_last(memory_model, input_ids, attention_mask, state, certain)
+    state = _read(memory_model, input_ids, before, state)
     unread = unfinished = torch.ones_like(newest, dtype=torch.bool)
     pieces: list[Tensor] = []
     while len(pieces) < max_new_tokens and bool(unfinished.any()):
@@ -167,21 +169,21 @@ def _with_end(
     return {**options, "pad_token_id": pad}, ends
 
 
-def _read_but_last(
+def _apart_from_last(
     memory_model: RecurrentMemory,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     state: RecurrentState,
     num_certain: int,
-) -> tuple[RecurrentState, Tensor]:
-    """Read all but the last token of each row, whose logits are wanted next.
+) -> tuple[Tensor, Tensor]:
+    """Find the last token of each row, whose logits are wanted next.
 
     Returns:
-        The state, and the last tokens.
+        Which tokens stand before it, and the last tokens.
 
     Raises:
         ValueError: If a row has no token, or text and as many new tokens as are certain go beyond
-            the model's last position; nothing is read then.
+            the model's last position.
     """
     first, counts = text_extents(input_ids, attention_mask)
     if not all(counts):
@@ -192,7 +194,7 @@ def _read_but_last(
     place = start + torch.tensor(counts, device=input_ids.device)[:, None] - 1
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     but_last = (columns >= start) & (columns < place)
-    return _read(memory_model, input_ids, but_last, state), input_ids.gather(1, place)[:, 0]
+    return but_last, input_ids.gather(1, place)[:, 0]
 
 
 def _require_room(

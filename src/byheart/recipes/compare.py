@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from byheart.memory.config import KnnMemoryConfig
+from byheart.ops.processor import fast_precision
 from byheart.training.config import (
     DataConfig,
     EvaluationConfig,
@@ -37,7 +38,7 @@ def compare_memory() -> RunConfig:
             learning_rate=3e-3,
             warmup_steps=100,
             weight_decay=0.01,
-            precision="bfloat16",
+            precision=fast_precision(),
             save_every=250,
             log_every=50,
         ),

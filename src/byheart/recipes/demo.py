@@ -2,6 +2,7 @@
 
 from byheart.data.sample import sample_path
 from byheart.memory.config import KnnMemoryConfig
+from byheart.ops.processor import fast_precision
 from byheart.training.config import (
     DataConfig,
     EvaluationConfig,
@@ -38,7 +39,7 @@ def demo() -> RunConfig:
             learning_rate=3e-3,
             warmup_steps=100,
             weight_decay=0.01,
-            precision="bfloat16",
+            precision=fast_precision(),
             save_every=250,
             log_every=50,
         ),

@@ -1,7 +1,10 @@
 """Starting points for the user's own documents; name them with --data and --validation."""
 
+from dataclasses import replace
+
 from byheart.adapters.attach_config import AttachConfig
 from byheart.memory.config import KnnMemoryConfig
+from byheart.ops.processor import fast_precision
 from byheart.training.config import (
     DataConfig,
     EvaluationConfig,
@@ -21,15 +24,19 @@ def text() -> RunConfig:
     """A 5M-parameter model with a memory of 8K for your own documents, on a laptop or one GPU."""
     return RunConfig(
         name="text",
-        model=ModelConfig.preset("5m", memory_size=8192),
-        data=DataConfig(train=_YOUR_DOCUMENTS, tokenizer="bpe:4096"),
+        model=replace(
+            # as in the comparison: the last layer matches what followed a token before
+            ModelConfig.preset("5m", gate_bias_init=-1.0),
+            knn_memory=KnnMemoryConfig(layers=(5,), memory_size=8192, age_slope=0.5),
+        ),
+        data=DataConfig(train=_YOUR_DOCUMENTS, tokenizer="bpe:4096", max_document_tokens=32_768),
         training=TrainingConfig(
             rows_per_device=8,
             max_steps=10_000,
             learning_rate=2e-3,
             warmup_steps=200,
             weight_decay=0.01,
-            precision="bfloat16",
+            precision=fast_precision(),
         ),
     )
 
@@ -57,7 +64,7 @@ def attach() -> RunConfig:
             gate_learning_rate_factor=1000.0,
             warmup_steps=50,
             weight_decay=0.0,
-            precision="bfloat16",
+            precision=fast_precision(),
         ),
         evaluation=EvaluationConfig(short_tokens=512),
     )
@@ -66,8 +73,8 @@ def attach() -> RunConfig:
 def paper() -> RunConfig:
     """The paper's model: 12 layers, 184M parameters, 8K memory in layer 9, 2^17 tokens per step.
 
-    Sizes and schedule are the paper's; AdamW stands in for Adafactor (docs/memorizing-transformer).
-    Rows are for 8 GPUs: 32 rows x 512 tokens on each.
+    Sizes and schedule are the paper's; AdamW stands in for Adafactor, see
+    docs/memorizing-transformer.md. Rows are for 8 GPUs: 32 rows x 512 tokens on each.
     """
     return RunConfig(
         name="paper",
@@ -79,7 +86,7 @@ def paper() -> RunConfig:
             learning_rate=1e-3,
             schedule="rsqrt",
             warmup_steps=1000,
-            precision="bfloat16",
+            precision=fast_precision(),
             save_every=5000,
         ),
     )

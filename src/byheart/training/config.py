@@ -65,7 +65,8 @@ class TrainingConfig:
     max_gradient_norm: float = 1.0
     """Longer gradients, over all parameters, are scaled down to this length; `inf` scales none."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the matrix products; weights and optimizer are always float32."""
+    """Precision of the matrix products; weights and optimizer are always float32. A CPU without an
+    instruction for bfloat16 takes many times as long with it: recipes have float32 there."""
     compile: Compile = "no"
     """Compile forward, backward and commit with `torch.compile`: it takes minutes in the first step
     and, on a CPU, a C++ compiler. `reduce-overhead` puts forward and backward into CUDA graphs,
