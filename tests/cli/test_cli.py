@@ -227,6 +227,8 @@ def test_a_recipe_can_be_a_function_in_a_file(command, tmp_path, documents):
         (["data", "stats", "x", "--folder-as", "book"], "must be file or folder"),
         (["data", "stats", "x", "--segment-length", "0"], "Invalid value for '--segment-length'"),
         (["generate", "x", "--temperature", "-1"], "Invalid value for '--temperature'"),
+        (["generate", "x", "--temperature", "1e-320"], "must be 0 for the most likely token, or"),
+        (["generate", "x", "--temperature", "nan"], "must be 0 for the most likely token, or"),
         (["generate", "x", "--memory-size", "8K,9K"], "--memory-size must be one size such as"),
         (["generate", "x", "--top-k", "0"], "Invalid value for '--top-k'"),
         (["generate", "x", "--top-p", "0"], "Invalid value for '--top-p': must be above 0"),

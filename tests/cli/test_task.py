@@ -7,8 +7,12 @@ import sys
 import pytest
 import torch
 
+from byheart.cli import task
 from byheart.cli.main import main
 from byheart.cli.reproduce_generalization import PUBLISHED_GENERALIZATION
+from byheart.cli.reproduce_runs import measure_once
+from byheart.errors import CheckpointError
+from byheart.training.task_files import load_task_run
 
 RUN = [
     "--set=window=29", "--set=encoder.num_layers=1", "--set=encoder.embed_dim=12",
@@ -80,6 +84,8 @@ def test_a_curriculum_that_fails_is_a_failure_with_a_remedy(command, stories, tm
     assert "reason (clean form)" in out
     assert "The lesson of 1 of 2 segments was not reached: after 6 steps" in err
     assert "Raise curriculum.stage_steps" in err
+    # its accuracy at longer documents is no result
+    assert "evaluate-task" not in err
     assert (tmp_path / "run" / "model").is_dir()
 
 
@@ -384,3 +390,80 @@ def test_several_runs_need_a_directory_of_their_own(command, run_dir, tmp_path):
     code, _, err = command("evaluate-task", run_dir, run_dir, "--segments", "1")
     assert code == 2
     assert "belongs to none of them. Name its directory with --out" in err
+
+
+def changed(run_dir, copy, **task):
+    """Copy a run and change what it says to have learned."""
+    shutil.copytree(run_dir, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["task"] |= task
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def test_lengths_that_cannot_hold_all_facts_are_left_out_or_refused_first(
+    command, run_dir, tmp_path, monkeypatch
+):
+    capacity = changed(run_dir, tmp_path / "capacity", name="capacity", num_facts=5)
+    least = load_task_run(capacity).task.min_segments
+    assert 1 < least < 16
+    monkeypatch.setattr(task, "DEFAULT_SEGMENTS", "1,2,16,32")
+    code, out, err = command("evaluate-task", capacity, "--samples", 2, "--no-plot", "--json")
+    assert code == 0, err
+    assert json.loads(out)["segments"] == [n for n in (1, 2, 16, 32) if n >= least]
+    monkeypatch.setattr(task, "measure_run", pytest.fail)
+    place = tmp_path / "out"
+    code, _, err = command("evaluate-task", capacity, "--segments", "16,1", "--out", place)
+    assert code == 2
+    assert f"--segments must be at least the {least} that hold all facts, got 1. Leave" in err
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("other", [{"name": "detect"}, {"form": "report"}])
+def test_runs_of_different_tasks_are_told_apart_before_they_are_measured(
+    command, run_dir, tmp_path, monkeypatch, other
+):
+    copy = changed(run_dir, tmp_path / "copy", **other)
+    monkeypatch.setattr(task, "measure_run", pytest.fail)
+    place = tmp_path / "out"
+    code, _, err = command("evaluate-task", run_dir, copy, "--segments", "1", "--out", place)
+    assert code == 2
+    assert "must have learned the same task in segments of the same length, got memorize" in err
+    assert f"in {run_dir} and " in err
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", None])
+def test_a_damaged_config_is_not_taken_for_that_of_documents(command, run_dir, tmp_path, content):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    (copy / "config.json").unlink()
+    if content is not None:
+        (copy / "config.json").write_text(content)
+    code, _, err = command("evaluate-task", copy, "--segments", "1")
+    assert code == 1
+    assert f"{copy / 'config.json'} must hold the settings of a run" in err
+    assert "has learned documents" not in err
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"settings": {}, "result": {"task": "mem', '{"settings": {}, "result": {}}',
+     '{"settings": {}, "result": {"measurements": {}}}'],
+)  # fmt: skip
+def test_damaged_measurements_are_named(tmp_path, content):
+    file = tmp_path / "segments.json"
+    file.write_text(content)
+    with pytest.raises(CheckpointError, match=r"segments\.json must hold what was measured before"):
+        measure_once(file, {}, (1,), pytest.fail)
+    assert file.read_text() == content
+
+
+@pytest.mark.parametrize("setting", ["training.seed=7", "training.seed=0", 'training={"seed": 7}'])
+def test_reproduce_has_seeds_of_its_own(command, tmp_path, setting):
+    for figure in ("memorize", "generalization"):
+        code, _, err = command("reproduce", figure, "--out", tmp_path / "out", "--set", setting)
+        assert code == 2
+        assert "training.seed must not be set here" in err
+        assert "Use --seeds" in err
+    assert not (tmp_path / "out").exists()

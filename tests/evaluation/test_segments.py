@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from byheart.adapters.recurrent import RecurrentMemory
 from byheart.data.tasks import Task, TaskConfig, TaskSample, collate, train_task_tokenizer
+from byheart.evaluation import segments
 from byheart.evaluation.peak_memory import peak_memory
 from byheart.evaluation.segments import count_right, evaluate_by_segments
 from byheart.evaluation.segments_plot import plot_accuracy_by_segments
@@ -252,6 +253,33 @@ def test_what_cannot_be_measured_is_refused(make_task, settings, message):
     task = make_task()
     with pytest.raises(ValueError, match=message):
         evaluate_by_segments(make_model(task), task, **settings)
+
+
+def test_lengths_that_cannot_hold_all_facts_are_refused_before_longer_ones_are_read(
+    make_task, monkeypatch
+):
+    task = make_task(name="capacity", num_facts=5)
+    assert 1 < task.min_segments < 16
+    monkeypatch.setattr(segments, "count_right", pytest.fail)
+    with pytest.raises(ValueError, match=f"at least the {task.min_segments} that hold all facts"):
+        evaluate_by_segments(make_model(task), task, segments=(16, 1))
+    read = []
+    monkeypatch.setattr(segments, "count_right", lambda *inputs, **_: read.append(inputs[2]) or 0)
+    result = evaluate_by_segments(make_model(task), task, samples=1)
+    assert read == [m.num_segments for m in result.measurements]
+    assert read == [n for n in segments.SEGMENTS if n >= task.min_segments]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scores_that_are_no_numbers_are_refused(make_task, value):
+    task = make_task()
+    model = make_model(task)
+    with torch.no_grad():
+        model.model.classifier.bias[2] = value
+    with pytest.raises(
+        ValueError, match=r"must be finite, got \[.*\] for document 4 of 2 segments"
+    ):
+        count_right(model, task, 2, [4, 5])
 
 
 def test_model_and_task_must_agree_on_a_segment(make_task):

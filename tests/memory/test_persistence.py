@@ -244,3 +244,12 @@ def test_the_working_directory_is_not_replaced_but_read(decoder, saved, monkeypa
     monkeypatch.chdir(saved / "inner")
     with pytest.raises(CheckpointError, match="or hold it"):
         decoder.save_state(decoder.new_state(2), "..")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"files": []}', '{"files": {"x": 3}}', '{"files": {"x": {}}}']
+)
+def test_a_manifest_that_byheart_has_not_written_is_refused(content, tmp_path):
+    (tmp_path / MANIFEST).write_text(content)
+    with pytest.raises(CheckpointError, match="is not a manifest that byheart wrote"):
+        read_manifest(tmp_path)

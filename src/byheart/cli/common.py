@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypedDict, cast
 
 import torch
 import typer
@@ -49,6 +49,8 @@ DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or cuda:1; default: a GPU if there is.")
 ]
 
+RunKind: TypeAlias = Literal["documents", "task", "pretrained"]
+"""What a directory holds: a run that learns documents or a task, or a Hugging Face model."""
 
 # the file that only pretrained models with memory have
 _PRETRAINED = "memory_config.json"
@@ -144,18 +146,24 @@ def open_run(run_dir: Path, device: torch.device) -> TrainedModel:
         CheckpointError: If the run is not finished, has learned a task, or model and tokenizer do
             not belong together.
     """
-    if learned_task(run_dir / "config.json"):
+    kind = run_kind(run_dir / "config.json")
+    if kind == "task":
         msg = (
             f"{run_dir} must hold a run that has learned documents, and holds one that has learned "
             f"a task. Measure it with: byheart evaluate-task {run_dir}"
         )
         raise CheckpointError(msg)
     if not (run_dir / "model").is_dir():
-        hint = (
-            f"Finish it with: byheart train {run_dir / 'config.json'} --out {run_dir} --resume"
-            if (run_dir / "config.json").is_file()
-            else "Pass the --out directory of byheart train."
-        )
+        hint = "Pass the --out directory of byheart train."
+        if kind == "documents":
+            hint = (
+                f"Finish it with: byheart train {run_dir / 'config.json'} --out {run_dir} --resume"
+            )
+        elif kind == "pretrained":
+            hint = (
+                "It holds a Hugging Face model, which has no memory yet. Train one on it, and pass "
+                f"the --out directory: byheart train attach --model {run_dir} --data DOCUMENTS"
+            )
         msg = f"{run_dir} must hold a finished run with model/ and tokenizer/. {hint}"
         raise CheckpointError(msg)
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
@@ -215,20 +223,26 @@ def parse_size(text: str, option: str = "--memory-size") -> int:
     return size
 
 
-def learned_task(config: Path) -> bool:
-    """Tell the two kinds of runs apart by their config.
+def run_kind(config: Path) -> RunKind | None:
+    """Tell by its config what a directory holds.
 
     Args:
         config: The file; it may be missing or anything else.
 
     Returns:
-        Whether it is that of a run that learns a task.
+        What is there; `None` for a file that is missing, cannot be read or is no such config.
     """
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and "task" in content
+        return None
+    if not isinstance(content, dict):
+        return None
+    if "model_type" in content:
+        return "pretrained"
+    if "task" in content:
+        return "task"
+    return "documents" if "data" in content or "model" in content else None
 
 
 @contextmanager

@@ -212,8 +212,6 @@ def _show(comparisons: Sequence[FlopsComparison], settings: _Settings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    console.print(settings.title(), markup=False, highlight=False)
     names = ["model", "tokens", "full attention", "RMT", "ratio", "full per token", "RMT per token"]
     rows = [_row(item) for item in comparisons]
     if settings.convention.counts_memory:
@@ -229,6 +227,8 @@ def _show(comparisons: Sequence[FlopsComparison], settings: _Settings) -> None:
         )
     for row in rows:
         table.add_row(*row)
+    console = Console()
+    console.print(settings.title(), markup=False, highlight=False)
     console.print(table)
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Annotated, Any
 
+import torch
 import typer
 from typer.core import TyperGroup
 
@@ -28,6 +29,13 @@ from byheart.training.stop import TrainingInterruptedError
 STOPPED = 130
 """Exit code after Ctrl-C, or a signal that stopped training: that of shells."""
 
+_EXPLAINED = (ByheartError, ValueError, TypeError, ImportError, OSError)
+# what torch says besides its own type of error, also of sizes that no memory can have
+_TOO_LITTLE_MEMORY = (
+    "can't allocate memory", "not enough memory", "out of memory",
+    "Storage size calculation overflowed", "Overflow when unpacking long",
+)  # fmt: skip
+
 
 class _Commands(TyperGroup):
     """The commands, of which any can be stopped."""
@@ -38,7 +46,7 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             err_console.print("Stopped by Ctrl-C.")
         except TrainingInterruptedError as error:
-            _show(error)
+            _show(str(error))
         raise typer.Exit(STOPPED)
 
 
@@ -87,8 +95,11 @@ def main() -> None:
     try:
         # exits by itself, but for failures
         app()
-    except (ByheartError, ValueError, TypeError, ImportError, OSError) as error:
-        _show(error)
+    except (*_EXPLAINED, MemoryError, OverflowError, RuntimeError) as error:
+        text = _explanation(error)
+        if text is None:
+            raise
+        _show(text)
         sys.exit(1)
 
 
@@ -97,11 +108,40 @@ def _is_not_shown_elsewhere(record: logging.LogRecord) -> bool:
     return not logging.getLogger(record.name.partition(".")[0]).handlers
 
 
-def _show(error: Exception) -> None:
+def _explanation(error: Exception) -> str | None:
+    """Say what has failed.
+
+    Returns:
+        What a user can act on; `None` for what only a traceback explains.
+    """
+    text = str(error) or type(error).__name__
+    # torch goes on with what its own developers want to know
+    first_line = text.splitlines()[0].rstrip(".")
+    if _is_too_little_memory(error, text):
+        return (
+            f"There must be enough memory for what was asked for, got: {first_line}. Lower "
+            "--memory-size, the number of rows or the length of a segment."
+        )
+    if isinstance(error, OverflowError):
+        return (
+            f"Numbers must be small enough to compute with, got: {first_line}. Lower those that "
+            "were given."
+        )
+    return text if isinstance(error, _EXPLAINED) else None
+
+
+def _is_too_little_memory(error: Exception, text: str) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    is_from_torch = isinstance(error, (RuntimeError, TypeError))
+    is_ours = isinstance(error, ByheartError)
+    return is_from_torch and not is_ours and any(words in text for words in _TOO_LITTLE_MEMORY)
+
+
+def _show(text: str) -> None:
     from rich.markup import escape
 
-    text = escape(str(error) or type(error).__name__)
-    err_console.print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
+    err_console.print(f"[bold red]error:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

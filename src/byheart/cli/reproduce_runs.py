@@ -11,6 +11,7 @@ import typer
 from byheart.cli.common import err_console
 from byheart.cli.task import evaluation_progress
 from byheart.config import apply_overrides, write_text_atomic
+from byheart.errors import CheckpointError
 from byheart.recipes import TASK_RECIPES
 from byheart.training.task_config import TaskRunConfig
 
@@ -55,12 +56,24 @@ def make_run(name: Name, *, quick: bool, overrides: list[str] | None) -> TaskRun
 
     Returns:
         The recipe, changed.
+
+    Raises:
+        BadParameter: If a setting is refused, or is the seed, which every run has of its own.
     """
     run = TASK_RECIPES[f"rmt-{name}"]()
+    overrides = overrides or []
     try:
-        return apply_overrides(run, [*(_QUICK if quick else ()), *(overrides or [])])
+        changed = apply_overrides(run, [*(_QUICK if quick else ()), *overrides])
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error)) from error
+    names_seed = any(item.partition("=")[0].strip() == "training.seed" for item in overrides)
+    if names_seed or changed.training.seed != run.training.seed:
+        msg = (
+            "training.seed must not be set here: the runs have the seeds 0, 1, 2 and so on. Use "
+            "--seeds to say how many, or byheart train for one of your own."
+        )
+        raise typer.BadParameter(msg)
+    return changed
 
 
 def num_samples(samples: int | None, *, quick: bool) -> int:
@@ -107,14 +120,13 @@ def measure_once(
 
     Returns:
         Accuracy by length.
+
+    Raises:
+        CheckpointError: If the file is damaged.
     """
     from byheart.evaluation.segments_result import SegmentsResult
 
-    known: dict[int, SegmentsResult] = {}
-    if file.is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["settings"] == settings:
-            known = SegmentsResult.from_dict(content["result"]).by_length()
+    known = _measured_before(file, settings)
     for length in lengths:
         if length in known:
             continue
@@ -125,6 +137,25 @@ def measure_once(
         }
         write_text_atomic(file, json.dumps(content, indent=2) + "\n")
     return SegmentsResult.joined([known[length] for length in lengths])
+
+
+def _measured_before(file: Path, settings: Mapping[str, object]) -> "dict[int, SegmentsResult]":
+    from byheart.evaluation.segments_result import SegmentsResult
+
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["settings"] != settings:
+            return {}
+        return SegmentsResult.from_dict(content["result"]).by_length()
+    # whatever else the file may hold
+    except (ValueError, LookupError, TypeError, AssertionError) as error:
+        msg = (
+            f"{file} must hold what was measured before, and does not ({error!r}). Remove it to "
+            "measure again."
+        )
+        raise CheckpointError(msg) from error
 
 
 def _learn(run: TaskRunConfig, directory: Path) -> str:

@@ -13,11 +13,11 @@ from byheart.cli.common import (
     DeviceOption,
     err_console,
     find_device,
-    learned_task,
     parse_sizes,
     prepare_output,
     print_json,
     progress_bar,
+    run_kind,
 )
 from byheart.cli.reproduce_output import JsonOption, PlotOption, show_output, write_output
 from byheart.errors import CheckpointError
@@ -63,7 +63,9 @@ def train_task(
     else:
         print(result.evaluation.to_markdown())
         err_console.print(f"{result.summary} The run is in {directory}.", highlight=False)
-        err_console.print(f"Longer documents: byheart evaluate-task {directory}", highlight=False)
+        if result.outcome == "reached":
+            line = f"Longer documents: byheart evaluate-task {directory}"
+            err_console.print(line, highlight=False)
     if result.outcome != "reached":
         raise typer.Exit(1)
 
@@ -74,8 +76,11 @@ def evaluate_task(
     ],
     *,
     segments: Annotated[
-        str, typer.Option(help="Lengths of the documents in segments.")
-    ] = DEFAULT_SEGMENTS,
+        str | None,
+        typer.Option(
+            help="Lengths of the documents in segments; default: 1 to 4,096 that hold all facts."
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 400,
     rows: Annotated[int, typer.Option(min=1, help="Documents read side by side.")] = 50,
     background: Annotated[
@@ -100,15 +105,12 @@ def evaluate_task(
     if out is None and background is not None:
         msg = "A result in other documents is not the run's own. Name its directory with --out."
         raise typer.BadParameter(msg)
-    lengths = parse_segments(segments)
+    wanted = None if segments is None else parse_segments(segments)
     where = find_device(device)
     from byheart.evaluation.segments_plot import plot_accuracy_by_segments
     from byheart.evaluation.segments_result import RunsResult
-    from byheart.training.task_files import require_finished
 
-    for run in runs:
-        _require_task(run)
-        require_finished(run)
+    lengths = _lengths(runs, wanted, background)
     directory = out or runs[0] / "evaluation"
     prepare_output(directory)
     measure = partial(
@@ -130,13 +132,57 @@ def evaluate_task(
     show_output(result, table, files, as_json=as_json)
 
 
-def _require_task(run: Path) -> None:
-    config = run / "config.json"
-    if config.is_file() and not learned_task(config):
+def _lengths(
+    runs: Sequence[Path], wanted: tuple[int, ...] | None, background: Path | None
+) -> tuple[int, ...]:
+    """Choose what to measure once all runs have been opened: hours later it would be too late.
+
+    Returns:
+        What is wanted; without a wish the default, but for lengths that cannot hold all facts.
+
+    Raises:
+        BadParameter: If the runs have not learned the same, or a length cannot hold all facts.
+    """
+    from byheart.training.task_files import load_task_run, require_finished
+
+    for run in runs:
+        _require_task(run)
+        require_finished(run)
+    kinds: dict[str, Path] = {}
+    least = 1
+    for run in runs:
+        # one after the other: the models of all seeds need not fit into memory
+        task = load_task_run(run, background=background).task
+        config = task.config
+        kind = f"{config.name} ({config.form} form, segments of {config.segment_length} tokens)"
+        kinds.setdefault(kind, run)
+        least = max(least, task.min_segments)
+    if len(kinds) > 1:
+        found = " and ".join(f"{kind} in {run}" for kind, run in kinds.items())
         msg = (
-            f"{run} must hold a run that has learned a task, and holds one that has learned "
-            f"documents. Measure it with: byheart evaluate {run}"
+            "Runs that are measured together must have learned the same task in segments of the "
+            f"same length, got {found}. Measure them one by one."
         )
+        raise typer.BadParameter(msg)
+    lengths = wanted or tuple(n for n in parse_segments(DEFAULT_SEGMENTS) if n >= least)
+    if min(lengths) < least:
+        msg = (
+            f"--segments must be at least the {least} that hold all facts, got {min(lengths)}. "
+            "Leave the shorter ones out."
+        )
+        raise typer.BadParameter(msg)
+    return lengths
+
+
+def _require_task(run: Path) -> None:
+    kind = run_kind(run / "config.json")
+    if kind in ("documents", "pretrained"):
+        found, hint = (
+            ("one that has learned documents", f"Measure it with: byheart evaluate {run}")
+            if kind == "documents"
+            else ("a Hugging Face model", "Pass the --out directory of byheart train.")
+        )
+        msg = f"{run} must hold a run that has learned a task, and holds {found}. {hint}"
         raise CheckpointError(msg)
 
 

@@ -17,10 +17,10 @@ from byheart.cli.common import (
     SuffixOption,
     TextKeyOption,
     err_console,
-    learned_task,
     print_json,
     progress_bar,
     reading_options,
+    run_kind,
 )
 from byheart.cli.task import train_task
 from byheart.config import apply_overrides, load_config, to_dict
@@ -148,7 +148,7 @@ def find_recipe(name: str) -> RunConfig | TaskRunConfig:
 
 
 def _from_json(path: Path) -> RunConfig | TaskRunConfig:
-    if learned_task(path):
+    if run_kind(path) == "task":
         return load_config(TaskRunConfig, path)
     return load_config(RunConfig, path)
 

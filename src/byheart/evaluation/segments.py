@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from byheart.adapters.recurrent import RecurrentMemory
-from byheart.adapters.recurrent_reading import read_documents
+from byheart.adapters.recurrent_reading import DocumentRead, read_documents
 from byheart.data.tasks import Task, TaskSample, pad_questions
 from byheart.evaluation.peak_memory import peak_memory
 from byheart.evaluation.segments_result import SegmentsMeasurement, SegmentsResult
@@ -37,7 +37,7 @@ def evaluate_by_segments(
     memory_model: RecurrentMemory,
     task: Task,
     *,
-    segments: Sequence[int] = SEGMENTS,
+    segments: Sequence[int] | None = None,
     samples: int = 400,
     rows: int = 50,
     segments_per_call: int = 8,
@@ -51,7 +51,7 @@ def evaluate_by_segments(
     Args:
         memory_model: A classifier with memory.
         task: The documents; of each length the first `samples` are read.
-        segments: Lengths, in segments.
+        segments: Lengths, in segments; `None` for those of `SEGMENTS` that hold all facts.
         samples: Documents of each length.
         rows: Documents read at the same time.
         segments_per_call: Segments given to the model at once.
@@ -62,8 +62,11 @@ def evaluate_by_segments(
         Accuracy, speed and peak memory for each length.
 
     Raises:
-        ValueError: If model and task differ in the length of a segment, or a number is below 1.
+        ValueError: If model and task differ in the length of a segment, a number is below 1, a
+            length cannot hold all facts, or the scores of a document are not finite.
     """
+    if segments is None:
+        segments = tuple(n for n in SEGMENTS if n >= task.min_segments)
     numbers = {"samples": samples, "rows": rows, "segments_per_call": segments_per_call}
     _check(memory_model, task, segments, numbers)
     device = memory_model.new_state(1).memory.device
@@ -137,6 +140,9 @@ def count_right(
 
     Returns:
         Right answers.
+
+    Raises:
+        ValueError: If the scores of a document are not finite.
     """
     labels: dict[int, int] = {}
 
@@ -150,7 +156,7 @@ def count_right(
     device = memory_model.memory.memory.device
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         return sum(
-            int(read.logits.argmax()) == labels.pop(read.index)
+            _answer(read, indices, num_segments) == labels.pop(read.index)
             for read in read_documents(
                 memory_model,
                 documents(),
@@ -159,6 +165,19 @@ def count_right(
                 on_tokens=on_tokens,
             )
         )
+
+
+def _answer(read: DocumentRead, indices: Sequence[int], num_segments: int) -> int:
+    logits = read.logits.cpu()
+    # the largest of scores that are no numbers would be the first, and often enough right
+    if not logits.isfinite().all():
+        msg = (
+            f"The scores of every document must be finite, got {logits.tolist()} for document "
+            f"{indices[read.index]} of {num_segments} segments. The model has diverged: train it "
+            "with a lower learning rate, or take it from an earlier checkpoint."
+        )
+        raise ValueError(msg)
+    return int(logits.argmax())
 
 
 def _check(
@@ -173,6 +192,12 @@ def _check(
         raise ValueError(msg)
     if not segments or min(segments) < 1:
         msg = f"segments must be one or more numbers of at least 1, got {list(segments)}."
+        raise ValueError(msg)
+    if min(segments) < task.min_segments:
+        msg = (
+            f"segments must be at least the {task.min_segments} that hold all facts, got "
+            f"{list(segments)}. Leave the shorter ones out."
+        )
         raise ValueError(msg)
     for name, value in numbers.items():
         if value < 1:

@@ -77,18 +77,20 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(msg)
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (ValueError, KeyError) as error:
+        files = [
+            (name, facts["bytes"], facts["sha256"]) for name, facts in manifest["files"].items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         msg = f"{path} is not a manifest that byheart wrote ({error}). Use another checkpoint."
         raise CheckpointError(msg) from error
-    for name, facts in files.items():
+    for name, num_bytes, sha256 in files:
         file = directory / name
-        if not file.is_file() or file.stat().st_size != facts["bytes"]:
+        if not file.is_file() or file.stat().st_size != num_bytes:
             size = file.stat().st_size if file.is_file() else 0
-            what = "cut short" if size < facts["bytes"] else "changed after it was saved"
-            msg = f"{file} must have {facts['bytes']} bytes, found {size or 'no'}. It was {what}."
+            what = "cut short" if size < num_bytes else "changed after it was saved"
+            msg = f"{file} must have {num_bytes} bytes, found {size or 'no'}. It was {what}."
             raise CheckpointError(msg)
-        if checksum(file) != facts["sha256"]:
+        if checksum(file) != sha256:
             msg = f"{file} was changed after it was saved: its checksum differs."
             raise CheckpointError(msg)
     return manifest

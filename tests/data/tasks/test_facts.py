@@ -159,7 +159,7 @@ def test_capacity_facts_tell_different_persons_apart(num_facts):
 
 
 def test_stories_are_read_in_the_order_of_the_file(write_lines):
-    other = TWO | {"answer": "B", "id": "qa4/1", "support": [1]}
+    other = TWO | {"question": "And what?", "answer": "B", "id": "qa4/1", "support": [1]}
     path = write_lines(TWO, "", other, TWO)
     assert [story.answer for story in read_stories(path)] == ["A", "B", "A"]
     assert read_stories(path)[0].facts == tuple(TWO["facts"])
@@ -248,6 +248,21 @@ def test_a_malformed_line_of_babi_is_named(tmp_path, line, problem):
     path = tmp_path / "qa.txt"
     path.write_bytes(b"1 One.\n2 Two.\n" + line + b"\n")
     with pytest.raises(DataError, match=rf"qa\.txt:3 {problem}"):
+        read_stories(path)
+
+
+def test_two_answers_to_one_question_are_refused(write_lines, tmp_path):
+    turned = TWO | {"facts": TWO["facts"][::-1], "answer": "B"}
+    # what is told last may be what counts
+    assert len(read_stories(write_lines(TWO, turned, TWO))) == 3
+    problem = (
+        r"lines\.jsonl:4 must have the answer of .*lines\.jsonl:1, 'A', .*'What is\?'.* got 'B'"
+    )
+    with pytest.raises(DataError, match=problem):
+        read_stories(write_lines(TWO, turned, TWO, TWO | {"answer": "B"}))
+    path = tmp_path / "qa.txt"
+    path.write_text(BABI + "1 The hall is old.\n2 What is old?\thouse\t1\n")
+    with pytest.raises(DataError, match=r"qa\.txt:9 must have the answer of .*qa\.txt:7, 'hall'"):
         read_stories(path)
 
 

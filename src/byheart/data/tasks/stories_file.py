@@ -31,7 +31,8 @@ def read_stories(path: str | os.PathLike[str], *, num_facts: int | None = None) 
         The stories in the order of the file, repetitions included.
 
     Raises:
-        DataError: If there is no such file, a line is no such record, or no line holds one.
+        DataError: If there is no such file, a line is no such record, no line holds one, or two
+            give different answers to the same question about the same facts.
 
     Source:
         Weston et al. 2015, Towards AI-Complete Question Answering (arXiv:1502.05698): a line of
@@ -48,9 +49,17 @@ def read_stories(path: str | os.PathLike[str], *, num_facts: int | None = None) 
         lines = [(line, f"{file}:{i}") for i, line in enumerate(content, start=1) if line.strip()]
     parse = _parse_babi if bare_name(file.name).endswith(".txt") else _parse_json
     stories = []
+    known: dict[tuple[tuple[str, ...], str], tuple[str, str]] = {}
     for story, where in parse(lines):
         if num_facts is not None and len(story.facts) != num_facts:
             msg = f"{where} must have {num_facts} facts, got {list(story.facts)}. Correct the line."
+            raise DataError(msg)
+        answer, first = known.setdefault((story.facts, story.question), (story.answer, where))
+        if story.answer != answer:
+            msg = (
+                f"{where} must have the answer of {first}, {answer!r}, because facts and question "
+                f"{story.question!r} are the same, got {story.answer!r}. Correct one of the lines."
+            )
             raise DataError(msg)
         stories.append(story)
     if not stories:
