@@ -42,6 +42,15 @@ def bart():
     return transformers.BartForCausalLM(config)
 
 
+def rwkv():
+    # its config knows of no padding
+    config = transformers.RwkvConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, context_length=64,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return transformers.RwkvForCausalLM(config)
+
+
 def llama():
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
 
@@ -144,7 +153,17 @@ def test_generation_that_gives_tokens_other_positions_is_refused(wrap, draw):
         **{**SMALL, "pad_token_id": 1}, is_decoder=True, bos_token_id=None, eos_token_id=None
     )
     memory_model = wrap(transformers.RobertaForCausalLM(config))
-    with pytest.raises(ValueError, match="gives the tokens of roberta other positions"):
+    with pytest.raises(ValueError, match="does not for roberta: it gives tokens other pos"):
+        memory_model.generate(draw(1, 5), max_new_tokens=3, do_sample=False)
+
+
+def test_generation_that_mixes_rows_is_refused(wrap, draw):
+    memory_model = wrap(rwkv())
+    with torch.no_grad():
+        for parameter in memory_model.model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    with pytest.raises(ValueError, match=r"does not for rwkv: .* or mixes rows"):
         memory_model.generate(draw(1, 5), max_new_tokens=3, do_sample=False)
 
 

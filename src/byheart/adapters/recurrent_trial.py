@@ -80,7 +80,9 @@ def generates_behind_padding(model: PreTrainedModel) -> bool:
         ValueError: If already without padding it does not compute what a forward pass does.
     """
     embedding = model.get_input_embeddings()
-    vectors = embedding(_some_tokens(model, room=_NUM_PADDING + 1))
+    ids = _some_tokens(model, room=_NUM_PADDING + 1)
+    # two rows: with a state of its own a family may mix them
+    vectors = embedding(torch.cat([ids, ids.flip(1)]))
     family = model.config.model_type
     with eval_mode(model):
         try:
@@ -90,25 +92,27 @@ def generates_behind_padding(model: PreTrainedModel) -> bool:
             raise ValueError(msg) from error
         if not is_right:
             msg = (
-                f"generate must compute what a forward pass does, but transformers' generate gives "
-                f"the tokens of {family} other positions. Use another model, or forward."
+                f"generate must compute what a forward pass does, but that of transformers does "
+                f"not for {family}: it gives tokens other positions, or mixes rows. Use another "
+                "model, or forward."
             )
             raise ValueError(msg)
         return _generates(model, vectors, _NUM_PADDING)
 
 
 def _generates(
-    model: PreTrainedModel, vectors: Float[Tensor, "1 tokens width"], num_padding: int
+    model: PreTrainedModel, vectors: Float[Tensor, "rows tokens width"], num_padding: int
 ) -> bool:
     """Compare the scores of two generated tokens with those of a forward pass.
 
     Returns:
         Whether they are the same.
     """
-    mask = torch.ones(1, num_padding + vectors.shape[1], dtype=torch.long, device=vectors.device)
+    padding = vectors[:, :1].expand(-1, num_padding, -1)
+    mask = torch.ones(len(vectors), num_padding + vectors.shape[1], device=vectors.device).long()
     mask[:, :num_padding] = 0
     made: Any = model.generate(
-        inputs_embeds=torch.cat([vectors[:, :1].expand(-1, num_padding, -1), vectors], dim=1),
+        inputs_embeds=torch.cat([padding, vectors], dim=1),
         attention_mask=mask,
         max_new_tokens=2,
         min_new_tokens=2,
@@ -140,7 +144,7 @@ def _some_tokens(model: PreTrainedModel, room: int = 1) -> Int[Tensor, "1 tokens
     weight = model.get_input_embeddings().weight
     limit = max_positions(model)
     count = _NUM_TOKENS if limit is None else max(1, min(_NUM_TOKENS, limit - room))
-    pad = model.config.get_text_config().pad_token_id
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = torch.linspace(1, len(weight) - 1, count + 1, device=weight.device).long()
     return ids[ids != (-1 if pad is None else pad)][None, :count]
 
