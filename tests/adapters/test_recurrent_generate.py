@@ -269,8 +269,9 @@ def test_options_about_the_text_of_an_encoder_are_refused(options):
         memory_model.generate(ids, max_new_tokens=2, **options)
     (name,) = options
     setattr(memory_model.model.generation_config, name, options[name])
-    with pytest.raises(ValueError, match=f"Use {name}="):
-        memory_model.generate(ids, max_new_tokens=2)
+    for config in (None, GenerationConfig(eos_token_id=3)):
+        with pytest.raises(ValueError, match=f"Use {name}="):
+            memory_model.generate(ids, max_new_tokens=2, generation_config=config)
 
 
 def test_an_encoder_decoder_of_experts_answers():

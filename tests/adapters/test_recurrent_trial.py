@@ -157,6 +157,17 @@ def test_generation_that_gives_tokens_other_positions_is_refused(wrap, draw):
         memory_model.generate(draw(1, 5), max_new_tokens=3, do_sample=False)
 
 
+def test_generation_that_cannot_begin_behind_vectors_is_refused_before_anything_is_read(wrap, draw):
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=2, n_positions=64
+    )
+    memory_model = wrap(transformers.OpenAIGPTLMHeadModel(config))
+    with pytest.raises(
+        ValueError, match=r"(?s)that of openai-gpt fails with ValueError: .* or forward"
+    ):
+        memory_model.generate(draw(1, 5), max_new_tokens=3, do_sample=False)
+
+
 def test_generation_that_mixes_rows_is_refused(wrap, draw):
     memory_model = wrap(rwkv())
     with torch.no_grad():

@@ -36,7 +36,7 @@ AT_ENDS = ("forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens"
 the model's own config are left out, because it would force an end into every segment."""
 _OF_DECODERS = frozenset({"sampling", "generator", "eos_token_id", "pad_token_id"})
 # they look at the text that was read, of which only the memory is left
-_OF_ENCODER_TEXT = {"encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0}
+_OF_ENCODER_TEXT = ("encoder_no_repeat_ngram_size", "encoder_repetition_penalty")
 
 
 def check_answer_options(memory_model: RecurrentMemory, options: dict[str, Any]) -> None:
@@ -49,9 +49,12 @@ def check_answer_options(memory_model: RecurrentMemory, options: dict[str, Any])
     Raises:
         ValueError: If there is such an option, here or in the model's own `generation_config`.
     """
-    config = options.get("generation_config") or memory_model.model.generation_config
-    for name, neutral in _OF_ENCODER_TEXT.items():
-        value = options.get(name, getattr(config, name, None))
+    # transformers takes what is not given from the config given, and then from the model's own
+    sources = (options.get("generation_config"), memory_model.model.generation_config)
+    for name in _OF_ENCODER_TEXT:
+        neutral = _OF_WHOLE_TEXT[name]
+        values = (options.get(name), *(getattr(source, name, None) for source in sources))
+        value = next((value for value in values if value is not None), None)
         if value is not None and value != neutral:
             msg = (
                 f"{name} cannot be honoured, got {value}: of the text before its last segment "
@@ -73,7 +76,7 @@ def check_decoder_options(memory_model: RecurrentMemory, options: dict[str, Any]
     """
     is_decoder = isinstance(memory_model.model, Decoder)
     if is_decoder:
-        _require_known(options, _OF_DECODERS, "Say with sampling=SamplingConfig(...) how.")
+        _require_known(options, _OF_DECODERS, "sampling=SamplingConfig(...) says how.")
     if options.get("generation_config") is not None:
         msg = "generation_config cannot be passed to a decoder: give its options by their names."
         raise ValueError(msg)

@@ -1,6 +1,7 @@
 """Continue or answer texts of any length with a recurrent memory."""
 
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def generate(
     Raises:
         ValueError: If the model is a classifier, an option cannot be honoured, or there is no text.
     """
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         msg = f"max_new_tokens must be at least 1, a whole number, got {max_new_tokens}."
         raise ValueError(msg)
     require_token_ids(input_ids)

@@ -35,6 +35,7 @@ def require_reads_embeddings(model: PreTrainedModel, kind: Kind) -> None:
 
     Raises:
         ValueError: If it reads vectors other than tokens, or passes padding on to the text.
+        OutOfMemoryError: If there is no room to try it.
     """
     embedding = model.get_input_embeddings()
     if embedding.weight.is_meta:
@@ -49,6 +50,9 @@ def require_reads_embeddings(model: PreTrainedModel, kind: Kind) -> None:
             expected = _scores(model, kind, input_ids=ids)
             found = _scores(model, kind, inputs_embeds=vectors)
             _scores(model, kind, inputs_embeds=torch.cat([memory, vectors], dim=1))
+            is_alone = kind == "decoder" or _ignores_padding(model, kind, vectors)
+        except torch.OutOfMemoryError:
+            raise  # which says nothing about the family
         except Exception as error:
             msg = (
                 f"A model must read vectors in the place of tokens (inputs_embeds), but {family} "
@@ -62,7 +66,7 @@ def require_reads_embeddings(model: PreTrainedModel, kind: Kind) -> None:
                 "Use a model, or options of it (scale_embedding, embedding_multiplier), without."
             )
             raise ValueError(msg)
-        if kind != "decoder" and not _ignores_padding(model, kind, vectors):
+        if not is_alone:
             raise ValueError(MIXED_PADDING.format(family=family))
 
 
@@ -77,7 +81,9 @@ def generates_behind_padding(model: PreTrainedModel) -> bool:
         Whether its `generate` computes the same behind padding as without.
 
     Raises:
-        ValueError: If already without padding it does not compute what a forward pass does.
+        ValueError: If it cannot begin behind vectors, or does not compute what a forward pass does
+            already without padding.
+        OutOfMemoryError: If there is no room to try it.
     """
     embedding = model.get_input_embeddings()
     ids = _some_tokens(model, room=_NUM_PADDING + 1)
@@ -87,8 +93,13 @@ def generates_behind_padding(model: PreTrainedModel) -> bool:
     with eval_mode(model):
         try:
             is_right = _generates(model, vectors, 0)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            msg = f"{family} cannot generate behind a memory: {error}"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            msg = (
+                f"generate must begin behind vectors (inputs_embeds), but that of {family} fails "
+                f"with {type(error).__name__}: {error}. Use another model, or forward."
+            )
             raise ValueError(msg) from error
         if not is_right:
             msg = (
