@@ -329,7 +329,7 @@ def test_sampling_follows_its_generator():
 
 def test_options_it_has_not_are_refused():
     memory_model = make("alone")
-    with pytest.raises(ValueError, match=r"options eos_token_id, .*, got num_beams\. Say with"):
+    with pytest.raises(ValueError, match=r"options eos_token_id, .*, got num_beams\. sampling="):
         memory_model.generate(random_tokens(1, 3), max_new_tokens=2, num_beams=3)
     with pytest.raises(ValueError, match="alignment must be 'left' to generate"):
         make("alone", alignment="right").generate(random_tokens(1, 3), max_new_tokens=2)
