@@ -26,6 +26,7 @@ INTRODUCTION = """# Benchmarks
 One command per question; each writes JSON with its command, machine and versions. Ratios come from
 one run, in which the contenders take turns. `make bench` runs the quick set; `make bench-peers`
 installs the packages to compare with. The tables are written by `python -m benchmarks.tables`.
+What `corpora/` in a command holds: [corpora](corpora/README.md).
 """
 
 
