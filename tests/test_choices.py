@@ -1,6 +1,7 @@
-"""A word that is none of the choices is refused by every config, and the choices are named."""
+"""Every config refuses a word that is none of its choices, and names them; and NaN and infinity."""
 
 import importlib
+import math
 import pkgutil
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,6 +16,7 @@ from byheart.data.tasks import TaskConfig
 from byheart.evaluation.flops_shapes import NAMED_SHAPES
 from byheart.memory.config import KnnMemoryConfig
 from byheart.models.config import DecoderConfig
+from byheart.models.generate import SamplingConfig
 from byheart.models.recurrent_config import RecurrentMemoryConfig
 from byheart.training.config import DataConfig, ModelConfig, PretrainedConfig, TrainingConfig
 from byheart.training.task_config import (
@@ -70,6 +72,30 @@ def test_another_word_is_refused(config, name):
         replace(config, **{name: "tahn"})
     # another word may need another field: only the config's own is sure to fit
     replace(config, **{name: getattr(config, name)})
+
+
+WITH_NUMBERS: list[Any] = [
+    AttachConfig(knn=KnnMemoryConfig(layers=(0,))),
+    KnnMemoryConfig(layers=(0,)),
+    DecoderConfig(vocab_size=7),
+    RecurrentMemoryConfig(segment_length=5, update="gated"),
+    SamplingConfig(),
+]
+NUMBERS = [
+    (config, field.name)
+    for config in WITH_NUMBERS
+    for field in fields(config)
+    if field.type in ("float", "float | None", float, float | None)
+]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("config", "name"), NUMBERS, ids=[f"{type(config).__name__}.{name}" for config, name in NUMBERS]
+)
+def test_a_number_that_is_none_is_refused(config, name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be a finite number, got {value}\."):
+        replace(config, **{name: value})
 
 
 def test_no_config_is_left_out():

@@ -36,8 +36,16 @@ def knn(layers=(1,), **changes):
         ("llama", {"knn": knn(), "segment_length": 0}, "segment_length must be a whole number"),
         ("llama", {"knn": knn(), "xl_cache_length": -1}, "xl_cache_length must be .* least 0, got"),
         ("llama", {"knn": knn(), "scale_init": 0.0}, "scale_init must be above 0"),
-        ("llama", {"knn": knn(), "scale_init": math.inf}, "scale_init must be above 0, got inf"),
-        ("llama", {"knn": knn(), "gate_init": math.nan}, "gate_init must be a number, got nan"),
+        (
+            "llama",
+            {"knn": knn(), "scale_init": math.inf},
+            "scale_init must be a finite number, got inf",
+        ),
+        (
+            "llama",
+            {"knn": knn(), "gate_init": math.nan},
+            "gate_init must be a finite number, got nan",
+        ),
         ("llama", {"gate": "linear"}, "gate has no effect without a kNN memory. Pass knn"),
         ("llama", {"memory_position": "local"}, "memory_position has no effect without"),
         ("llama", {"normalize_qk": True}, "normalize_qk has no effect without"),

@@ -1,5 +1,7 @@
 """One-shot = streamed in any pieces = batched with strangers = saved and reloaded."""
 
+import math
+
 import pytest
 import torch
 
@@ -168,6 +170,17 @@ def test_sampling_follows_the_probabilities():
         share = torch.bincount(choose(logits, sampling, generator), minlength=4) / 4000
         # five standard deviations of a share of 4000 draws
         torch.testing.assert_close(share, torch.tensor(expected), atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_refused(temperature, score):
+    sampling = SamplingConfig(temperature=temperature)
+    forbidden = torch.tensor([[0.0, -math.inf], [-math.inf, 0.0]])
+    assert choose(forbidden, sampling).tolist() == [0, 1]
+    forbidden[1, 0] = score
+    with pytest.raises(ValueError, match="scores of the next token must be numbers, got NaN or"):
+        choose(forbidden, sampling)
 
 
 def test_generation_refuses_bad_requests(tokens):

@@ -1,11 +1,10 @@
 """How memory is put on a pretrained decoder."""
 
-import math
 import operator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from byheart.choices import require_choices
+from byheart.choices import require_choices, require_finite
 from byheart.memory.config import KnnMemoryConfig
 
 
@@ -42,6 +41,7 @@ class AttachConfig:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        require_finite(self)
         if not (self.knn is None or isinstance(self.knn, KnnMemoryConfig)):
             msg = f"knn must be a KnnMemoryConfig or None, got {type(self.knn).__name__}."
             raise TypeError(msg)
@@ -56,11 +56,8 @@ class AttachConfig:
                 raise ValueError(msg)
             # files hold plain numbers
             object.__setattr__(self, name, whole)
-        if self.scale_init is not None and not 0 < self.scale_init < math.inf:
+        if self.scale_init is not None and self.scale_init <= 0:
             msg = f"scale_init must be above 0, got {self.scale_init}. None takes the model's."
-            raise ValueError(msg)
-        if not math.isfinite(self.gate_init):
-            msg = f"gate_init must be a number, got {self.gate_init}."
             raise ValueError(msg)
 
     @property

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from byheart.choices import require_choices
+from byheart.choices import require_choices, require_finite
 from byheart.memory.config import KnnMemoryConfig
 from byheart.memory.layout import MemoryLayout
 
@@ -58,6 +58,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        require_finite(self)
         for name in (
             "vocab_size",
             "num_layers",

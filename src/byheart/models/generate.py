@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from byheart.choices import require_finite
 from byheart.memory.state import MemoryState
 from byheart.models.segment_model import SegmentModel
 from byheart.models.streaming import read_tokens
@@ -29,6 +30,7 @@ class SamplingConfig:
     """Sample among the most likely tokens that together have at least this probability."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         if self.temperature < 0:
             msg = f"temperature must be at least 0, got {self.temperature}."
             raise ValueError(msg)
@@ -84,7 +86,7 @@ def generate(
     Raises:
         ValueError: If a prompt is empty, `max_new_tokens` is below 1, or the text would be longer
             than the model can tell apart; nothing is read then. With a `stop_id`, which may come
-            at once, the prompt alone counts.
+            at once, the prompt alone counts. If the model's scores are no numbers.
     """
     if max_new_tokens < 1:
         msg = f"max_new_tokens must be at least 1, got {max_new_tokens}."
@@ -140,7 +142,19 @@ def choose(
 
     Returns:
         The chosen tokens.
+
+    Raises:
+        ValueError: If a score is NaN or plus infinity.
     """
+    # the largest of scores that are no numbers would be some token, and look like an answer
+    known.require(
+        logits < torch.inf,
+        lambda: ValueError(
+            "The scores of the next token must be numbers, got NaN or infinity: the weights hold "
+            "some. Train with a lower rate, or take an earlier checkpoint."
+        ),
+        "the scores of the next token must be numbers",
+    )
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits / sampling.temperature

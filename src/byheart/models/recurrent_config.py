@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from byheart.choices import require_choices
+from byheart.choices import require_choices, require_finite
 from byheart.ops.segments import Alignment
 
 
@@ -55,6 +55,7 @@ class RecurrentMemoryConfig:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        require_finite(self)
         for name, least in (("segment_length", 1), ("num_memory_tokens", 0)):
             value = getattr(self, name)
             if value < least:
