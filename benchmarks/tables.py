@@ -179,7 +179,6 @@ def recurrent_section() -> str | None:
             name,
             f"{row['segments']:,}",
             f"{row['peak_resident_mib']:,.0f}",
-            f"{row['seconds_per_segment'] * 1e3:.0f}",
         ]
         for name, rows in result["peaks"].items()
         for row in rows
@@ -191,8 +190,9 @@ def recurrent_section() -> str | None:
             "## Recurrent memory: peak memory and time",
             "GPT-2 with 4 layers, width 256 and 50,257 tokens; segments of 128 tokens, 8 memory "
             "tokens, 2 rows. Training has a loss on every token. Peaks are of processes of their "
-            "own, Python and torch included; their times include the first, slow segments.",
-            table(["process", "segments", "peak (MiB)", "ms per segment"], peaks),
+            "own, Python and torch included, after the model is built; byheart's are medians of "
+            "three processes.",
+            table(["process", "segments", "peak (MiB)"], peaks),
             "In turns in one process, 8 segments:",
             table(["run", "ms per segment (median)"], times),
             table(["ratio", ""], ratios),
