@@ -335,7 +335,7 @@ def test_greedy_equals_recomputation_across_segments(name, kind, length, make, d
     memory_model, ids = make(name, kind), draw(2, length)
     new, state = memory_model.generate(ids, max_new_tokens=17, do_sample=False, eos_token_id=None)
     assert new.shape == (2, 17)
-    logits, end = read(memory_model, torch.cat([ids, new], dim=1), piece=1)
+    logits, end = read(memory_model, torch.cat([ids, new], dim=1))
     assert torch.equal(logits[:, length - 1 : -1].argmax(dim=-1), new)
     assert_same_state(state, end)
 
