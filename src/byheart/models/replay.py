@@ -141,7 +141,7 @@ class _SmallTensors:
 
     def __init__(self, num_segments: int) -> None:
         self.per_block = min(num_segments, _PER_BLOCK)
-        self.blocks: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self.blocks: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Keep what a segment gave.
@@ -151,7 +151,7 @@ class _SmallTensors:
         """
         if tensor.nbytes > _SMALL_BYTES:
             return tensor
-        free = self.blocks.setdefault((tensor.shape, tensor.dtype), [])
+        free = self.blocks.setdefault((tensor.shape, tensor.dtype, tensor.device), [])
         if not free:
             block = tensor.new_empty(self.per_block, *tensor.shape)
             # no views, which autograd would not let anybody change in place
