@@ -24,6 +24,7 @@ from byheart.training.task_config import (
     EncoderConfig,
     MemoryPart,
     TaskPart,
+    TaskRunConfig,
     TaskTrainingConfig,
 )
 
@@ -80,13 +81,20 @@ WITH_NUMBERS: list[Any] = [
     DecoderConfig(vocab_size=7),
     RecurrentMemoryConfig(segment_length=5, update="gated"),
     SamplingConfig(),
+    TaskConfig(name="memorize", segment_length=50),
 ]
-NUMBERS = [
-    (config, field.name)
-    for config in WITH_NUMBERS
-    for field in fields(config)
-    if field.type in ("float", "float | None", float, float | None)
-]
+# parts of runs: a run refuses for all of them (tests/training)
+PARTS_OF_RUNS = {
+    TrainingConfig, ModelConfig, CurriculumConfig, EncoderConfig, MemoryPart, TaskPart,
+    TaskTrainingConfig, TaskRunConfig,
+}  # fmt: skip
+
+
+def numbers_of(cls):
+    return [f.name for f in fields(cls) if f.type in (float, float | None)]
+
+
+NUMBERS = [(config, name) for config in WITH_NUMBERS for name in numbers_of(type(config))]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -109,3 +117,5 @@ def test_no_config_is_left_out():
                 found.add(thing)
     configs = {one for one in found if one.__name__.endswith(("Config", "Part", "Shape"))}
     assert {one for one in configs if choices_of(one)} == {type(config) for config in CONFIGS}
+    with_numbers = {type(config) for config in WITH_NUMBERS}
+    assert {one for one in configs if numbers_of(one)} == with_numbers | PARTS_OF_RUNS

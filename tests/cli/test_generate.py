@@ -1,8 +1,12 @@
 """`byheart generate`: what is wanted is looked at before anything is read."""
 
 import json
+import math
+import shutil
 
 import pytest
+
+from byheart.models.checkpoint import load_model, save_model
 
 
 @pytest.fixture
@@ -80,3 +84,20 @@ def test_a_hugging_face_folder_is_told_apart_from_an_unfinished_run(command, tmp
     assert code == 1
     assert "and holds a Hugging Face model. Pass the --out directory of byheart train" in err
     assert "byheart evaluate" not in err
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_weights_that_are_no_numbers_end_in_one_clear_line(temperature, command, run_dir, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(run_dir, broken)
+    decoder = load_model(broken / "model")
+    # behind all layers: what they are asked for must be finite anyway
+    (last,) = decoder.norm.parameters()
+    last.data.fill_(math.nan)
+    save_model(decoder, broken / "model")
+    arguments = ["--prompt", "the cat", "--max-new-tokens", 3, "--temperature", temperature]
+    code, out, err = command("generate", broken, *arguments)
+    assert code == 1
+    assert not out
+    assert "scores of the next token must be numbers" in err
+    assert "Traceback" not in err

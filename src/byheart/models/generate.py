@@ -151,7 +151,7 @@ def choose(
         logits < torch.inf,
         lambda: ValueError(
             "The scores of the next token must be numbers, got NaN or infinity: the weights hold "
-            "some. Train with a lower rate, or take an earlier checkpoint."
+            "some, or half precision is too narrow. Take an earlier checkpoint, or float32."
         ),
         "the scores of the next token must be numbers",
     )

@@ -136,7 +136,7 @@ class _SmallTensors:
     """Keeps small tensors of one shape in blocks.
 
     Each by itself would lie among the activations of its segment, and what is free around it fits
-    no other: on the CPU a process of 256 segments grows by a quarter.
+    no other: on the CPU some processes took a quarter more for 256 segments than for 4.
     """
 
     def __init__(self, num_segments: int) -> None:

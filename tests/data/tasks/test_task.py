@@ -179,11 +179,11 @@ def test_strangers_look_like_facts_and_are_none(make, words, name):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"strangers": -1.0}, "strangers must be at least 0 and finite, got -1"),
+        ({"strangers": -1.0}, "strangers must be at least 0, got -1"),
         ({"strangers": 1.0, "form": "report"}, "strangers must be 0 for form='report', got 1"),
         ({"strangers": 1.0, "name": "reason"}, "strangers must be 0 for name='reason', got 1"),
-        ({"fragments": -1.0}, "fragments must be at least 0 and finite, got -1"),
-        ({"fragments": float("nan")}, "fragments must be at least 0 and finite, got nan"),
+        ({"fragments": -1.0}, "fragments must be at least 0, got -1"),
+        ({"fragments": float("nan")}, "fragments must be a finite number, got nan"),
         ({"fragments": 1.0, "form": "report"}, "fragments must be 0 for form='report', got 1"),
     ],
 )

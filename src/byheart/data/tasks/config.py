@@ -1,10 +1,9 @@
 """Which task to make, and how."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from byheart.choices import require_choices
+from byheart.choices import require_choices, require_finite
 
 __all__ = ["TaskConfig", "TaskForm", "TaskName"]
 
@@ -56,6 +55,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        require_finite(self)
         if self.segment_length < 1:
             msg = f"segment_length must be at least 1, got {self.segment_length}."
             raise ValueError(msg)
@@ -83,8 +83,8 @@ class TaskConfig:
 
     def _check_lures(self) -> None:
         for field in ("fragments", "strangers"):
-            if not 0 <= getattr(self, field) < math.inf:
-                msg = f"{field} must be at least 0 and finite, got {getattr(self, field)}."
+            if getattr(self, field) < 0:
+                msg = f"{field} must be at least 0, got {getattr(self, field)}."
                 raise ValueError(msg)
         if not 0 <= self.namesakes <= 1:
             msg = f"namesakes is a share and must be between 0 and 1, got {self.namesakes}."
