@@ -93,7 +93,7 @@ def test_persons_and_rooms_are_words_of_the_vocabulary_of_detect():
     [
         ({"namesakes": -0.1}, r"namesakes is a share and must be between 0 and 1, got -0\.1"),
         ({"namesakes": 1.5}, r"namesakes is a share and must be between 0 and 1, got 1\.5"),
-        ({"namesakes": float("nan")}, "namesakes is a share and must be between 0 and 1, got nan"),
+        ({"namesakes": float("nan")}, "namesakes must be a finite number, got nan"),
         ({"namesakes": 0.5, "form": "report"}, r"namesakes must be 0 for form='report', got 0\.5"),
         ({"namesakes": 0.5, "name": "reason"}, r"namesakes must be 0 for name='reason', got 0\.5"),
         (
