@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -67,9 +68,19 @@ _jaxtyped = jaxtyping.jaxtyped
 def _jaxtyped_at_first(fn=None, *, typechecker):
     if fn is None:
         return functools.partial(_jaxtyped_at_first, typechecker=typechecker)
+    if inspect.isclass(fn):
+        # states are data classes, of which every segment makes dozens
+        unchecked = fn.__init__
+        _jaxtyped(fn, typechecker=typechecker)
+        if dataclasses.is_dataclass(fn) and fn.__init__ is not unchecked:
+            fn.__init__ = _either(unchecked, fn.__init__)
+        return fn
     checked = _jaxtyped(fn, typechecker=typechecker)
-    if not inspect.isfunction(fn):
-        return checked
+    return _either(fn, checked) if inspect.isfunction(fn) else checked
+
+
+def _either(fn, checked):
+    """`checked` in its first calls of a test, `fn` in the others."""
     test = calls = 0
 
     @functools.wraps(fn)
