@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
-from byheart.ops import reference
-from byheart.ops.losses import IGNORED, cross_entropy
+from byheart.ops import losses, reference
+from byheart.ops.losses import IGNORED, cross_entropy, token_losses
 
 TOKENS, EMBED_DIM, VOCAB = 7, 5, 23
 
@@ -32,6 +33,34 @@ def test_cross_entropy_equals_its_twin(chunk_size):
 def test_equal_logits_cost_the_logarithm_of_the_vocabulary():
     losses = cross_entropy(torch.zeros(2, 3), torch.ones(VOCAB, 3), torch.tensor([1, 20]))
     torch.testing.assert_close(losses, torch.full((2,), math.log(VOCAB)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_cached", [1, VOCAB, 3 * VOCAB, 7 * VOCAB])
+def test_losses_without_a_gradient_are_those_with_one(monkeypatch, num_cached, dtype):
+    monkeypatch.setattr(losses, "_CACHED_LOGITS", num_cached)
+    calls = []
+    whole = functional.cross_entropy
+
+    def counted(logits, *args, **kwargs):
+        calls.append(len(logits))
+        return whole(logits, *args, **kwargs)
+
+    logits = torch.randn(2, TOKENS, VOCAB).to(dtype).requires_grad_()
+    labels = torch.stack([make_inputs()[2], make_inputs()[2].roll(3)])
+    expected = whole(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    monkeypatch.setattr(functional, "cross_entropy", counted)
+    trained = token_losses(logits, labels)
+    assert calls == [2 * TOKENS]
+    calls.clear()
+    with torch.no_grad():
+        read = token_losses(logits, labels)
+    assert max(calls) == max(num_cached // VOCAB, 1)
+    assert sum(calls) == 2 * TOKENS
+    for found in (trained, read, token_losses(logits.detach(), labels)):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected.view_as(labels), rtol=0, atol=0)
+    assert bool((read[labels == IGNORED] == 0).all())
 
 
 @pytest.mark.parametrize("chunk_size", [6, 8192])

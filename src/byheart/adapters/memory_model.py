@@ -28,7 +28,7 @@ from byheart.models.fingerprint import weight_sums
 from byheart.models.segment_model import SegmentModel, WindowRead, layer_metrics
 from byheart.models.text_output import TextRequest
 from byheart.models.window import Window
-from byheart.ops.losses import IGNORED
+from byheart.ops.losses import IGNORED, token_losses
 
 
 @dataclass
@@ -333,10 +333,7 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
             targets = _targets(labels, targets)
         losses = loss = None
         if targets is not None:
-            losses = nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), targets.flatten(),
-                reduction="none", ignore_index=IGNORED,
-            ).view_as(targets)  # fmt: skip
+            losses = token_losses(logits, targets)
             predicted = (targets != IGNORED).sum().clamp(min=1)
             loss = losses.sum() / (predicted if num_items_in_batch is None else num_items_in_batch)
         return MemoryOutput(

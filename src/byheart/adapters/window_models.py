@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from byheart.models.text_output import TextOutput, TextRequest
 from byheart.models.window import Window
 from byheart.models.window_model import Encoded
+from byheart.ops.losses import token_losses
 
 
 class HuggingFaceReader:
@@ -84,9 +85,7 @@ def read_causal(
         return taken[0], None
     losses = None
     if request.targets is not None:
-        losses = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), request.targets.flatten(), reduction="none"
-        ).view_as(request.targets)
+        losses = token_losses(logits, request.targets)
     return taken[0], TextOutput(losses, logits if request.logits else None)
 
 

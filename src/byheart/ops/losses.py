@@ -60,6 +60,37 @@ def cross_entropy(
         return loss
 
 
+_CACHED_LOGITS = 1 << 18
+"""Logits whose logarithms a core's cache holds."""
+
+
+def token_losses(
+    logits: Float[Tensor, "*tokens vocab"], labels: Int[Tensor, "*tokens"]
+) -> Float[Tensor, "*tokens"]:
+    """Compute the loss of each position from its logits, in float32.
+
+    Without a gradient a CPU takes a few positions at a time: of all at once it would write
+    logarithms as large as the logits, into memory that the system has to clear first.
+
+    Args:
+        logits: Scores of the vocabulary.
+        labels: Index of the true entry, or `IGNORED`.
+
+    Returns:
+        Negative log likelihood in nats; 0 where the label is `IGNORED`.
+    """
+    scores, places = logits.flatten(0, -2), labels.flatten()
+    is_whole = torch.compiler.is_compiling() or scores.device.type != "cpu"
+    has_gradient = torch.is_grad_enabled() and scores.requires_grad
+    num_rows = len(scores) if is_whole or has_gradient else _CACHED_LOGITS // scores.shape[1]
+    pieces = (torch.split(tensor, max(num_rows, 1)) for tensor in (scores, places))
+    parts = [
+        functional.cross_entropy(part.float(), place, ignore_index=IGNORED, reduction="none")
+        for part, place in zip(*pieces, strict=True)
+    ]
+    return torch.cat(parts).view_as(labels)
+
+
 def require_labels(labels: Int[Tensor, "*shape"], num_entries: int, remedy: str) -> None:
     """Refuse labels that are no index of an entry, without waiting for a GPU.
 
