@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from byheart.models.replay import replayed
+from byheart.models.replay import _SmallTensors, replayed
 
 
 def read_all(num_segments, output):
@@ -57,3 +57,11 @@ def test_an_output_can_be_changed_in_place():
     assert torch.equal(second, kept)
     (first + second).backward()
     assert weight.grad == 2 * 6 + 2 * 6
+
+
+def test_a_compiler_that_does_not_know_the_sizes_can_read_it():
+    keep = torch.compile(
+        lambda tensor: _SmallTensors(1).keep(tensor), backend="eager", dynamic=True
+    )
+    large = torch.ones(2, 1 << 15)
+    assert torch.equal(keep(large), large)

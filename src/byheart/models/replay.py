@@ -149,7 +149,8 @@ class _SmallTensors:
         Returns:
             A tensor that holds the same.
         """
-        if tensor.nbytes > _SMALL_BYTES:
+        # a compiler that does not know the sizes beforehand cannot say `nbytes`
+        if tensor.numel() * tensor.element_size() > _SMALL_BYTES:
             return tensor
         free = self.blocks.setdefault((tensor.shape, tensor.dtype, tensor.device), [])
         if not free:
