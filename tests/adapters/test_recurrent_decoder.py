@@ -299,16 +299,18 @@ def test_generation_of_other_rows_changes_nothing(kind):
         assert torch.equal(together[row], alone[0])
 
 
-def test_a_row_that_ends_is_filled_and_stands_still():
+@pytest.mark.parametrize("pad", [30, -100])
+def test_a_row_that_ends_is_filled_and_stands_still(pad):
     memory_model, ids = make("both"), random_tokens(2, 5)
     whole, _ = memory_model.generate(ids, max_new_tokens=20)
     end = int(whole[0, 4])
     stops = [row.tolist().index(end) + 1 if end in row else 20 for row in whole]
-    new, state = memory_model.generate(ids, max_new_tokens=20, eos_token_id=end, pad_token_id=30)
+    new, state = memory_model.generate(ids, max_new_tokens=20, eos_token_id=end, pad_token_id=pad)
     assert new.shape[1] == max(stops)
     for row, stop in enumerate(stops):
         assert torch.equal(new[row, :stop], whole[row, :stop])
-        assert set(new[row, stop:].tolist()) <= {30}
+        assert set(new[row, stop:].tolist()) <= {pad}
+    assert len(set(stops)) == 2
     assert state.position.tolist() == [5 + stop for stop in stops]
 
 

@@ -118,19 +118,20 @@ def test_generation_goes_on_from_its_state(decoder):
     assert torch.equal(torch.cat([first, rest], dim=1), whole)
 
 
-def test_row_that_ends_is_filled_and_stands_still(decoder):
+@pytest.mark.parametrize("pad", [VOCAB - 1, VOCAB, -100])
+def test_row_that_ends_is_filled_and_stands_still(decoder, pad):
     ids = torch.randint(0, VOCAB, (2, 5))
     whole, _ = decoder.generate(ids, max_new_tokens=20, do_sample=False)
     end = int(whole[0, 4])
     stops = [row.tolist().index(end) + 1 if end in row else 20 for row in whole]
 
     new, state = decoder.generate(
-        ids, max_new_tokens=20, do_sample=False, eos_token_id=end, pad_token_id=VOCAB - 1
+        ids, max_new_tokens=20, do_sample=False, eos_token_id=end, pad_token_id=pad
     )
 
     for row, stop in enumerate(stops):
         assert torch.equal(new[row, :stop], whole[row, :stop])
-        assert set(new[row, stop:].tolist()) <= {VOCAB - 1}
+        assert set(new[row, stop:].tolist()) <= {pad}
     assert state.position.tolist() == [5 + stop for stop in stops]
 
 
@@ -317,3 +318,23 @@ def test_other_alignment_is_refused():
 
     with pytest.raises(ValueError, match="alignment must be 'left' to generate"):
         memory_model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("start", [0, 9])
+def test_an_answer_that_was_begun_is_not_returned(start):
+    torch.manual_seed(0)
+    memory_model, ids = wrap(t5()), torch.randint(2, VOCAB, (2, 20))
+    # transformers puts the first token of every answer before what has another
+    begun = torch.tensor([[start, 5, 6], [start, 7, 8]])
+    new, _ = memory_model.generate(
+        ids, max_new_tokens=4, decoder_input_ids=begun, eos_token_id=None
+    )
+    assert new.shape == (2, 4)
+    hidden, mask, _ = memory_model.encode(ids)
+    given = begun if start == 0 else torch.cat([torch.zeros(2, 1).long(), begun], dim=1)
+    for _ in range(4):
+        out = memory_model.model(
+            encoder_outputs=(hidden,), attention_mask=mask, decoder_input_ids=given
+        )
+        given = torch.cat([given, out.logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(new, given[:, -4:])

@@ -64,7 +64,7 @@ def generate(
         ValueError: If the model is a classifier, an option cannot be honoured, or there is no text.
     """
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
-        msg = f"max_new_tokens must be at least 1, a whole number, got {max_new_tokens}."
+        msg = f"max_new_tokens must be at least 1, a whole number, got {max_new_tokens!r}."
         raise ValueError(msg)
     require_token_ids(input_ids)
     if state is None:
@@ -93,7 +93,7 @@ def _continue(
     max_new_tokens: int,
     options: dict[str, Any],
 ) -> tuple[Tensor, RecurrentState]:
-    options, ends = _with_end(memory_model, options)
+    options, ends, pad = _with_end(memory_model, options)
     # the first new token may be the end
     certain = 1 if len(ends) else max_new_tokens
     before, last = _apart_from_last(memory_model, input_ids, attention_mask, state, certain)
@@ -119,7 +119,7 @@ def _continue(
         newest = new.gather(1, keep.sum(dim=1, keepdim=True).sub(1).clamp(min=0))[:, 0]
         last = torch.where(unfinished, newest, last)
         unfinished = unfinished & ~ended
-        pieces.append(new)
+        pieces.append(new.masked_fill(~keep, pad))
         left -= new.shape[1]
     state = _read(memory_model, last[:, None], torch.ones_like(last[:, None]).bool(), state)
     return torch.cat(pieces, dim=1), state
@@ -133,7 +133,7 @@ def _token_by_token(
     max_new_tokens: int,
     options: dict[str, Any],
 ) -> tuple[Tensor, RecurrentState]:
-    options, ends = _with_end(memory_model, options)
+    options, ends, pad = _with_end(memory_model, options)
     sampling = options.get("sampling") or SamplingConfig(temperature=0.0)
     certain = 1 if len(ends) else max_new_tokens
     before, newest = _apart_from_last(memory_model, input_ids, attention_mask, state, certain)
@@ -146,18 +146,19 @@ def _token_by_token(
         chosen = torch.where(unfinished, chosen, options["pad_token_id"])
         state = state.commit(out.new_entries)
         newest, unread = chosen, unfinished
+        pieces.append(chosen.masked_fill(~unfinished, pad))
         unfinished = unfinished & ~torch.isin(chosen, ends)
-        pieces.append(chosen)
     return torch.stack(pieces, dim=1), _read(memory_model, newest[:, None], unread[:, None], state)
 
 
 def _with_end(
     memory_model: RecurrentMemory, options: dict[str, Any]
-) -> tuple[dict[str, Any], Tensor]:
+) -> tuple[dict[str, Any], Tensor, int]:
     """Settle which tokens end a text and which fill what is behind.
 
     Returns:
-        The options with `pad_token_id`, and the end tokens.
+        The options with a `pad_token_id` that the model knows, the end tokens, and what fills the
+        result behind them, which may be any number.
     """
     device = memory_model.memory.memory.device
     # a Decoder knows of no special tokens
@@ -167,7 +168,8 @@ def _with_end(
     pad = options.get("pad_token_id", getattr(defaults, "pad_token_id", None))
     if pad is None:
         pad = int(ends[0]) if len(ends) else 0
-    return {**options, "pad_token_id": pad}, ends
+    # what is behind an end is read by nobody, and must be a word all the same
+    return {**options, "pad_token_id": 0}, ends, int(pad)
 
 
 def _apart_from_last(
@@ -346,5 +348,9 @@ def _answer(
         **{**options, "return_dict_in_generate": False},
     )
     assert isinstance(answers, Tensor)
-    # without the token that every answer starts with
-    return answers[:, 1:], state.commit(entries)
+    # without the token that every answer starts with, and what was given of the answer
+    given, num_given = options.get("decoder_input_ids"), 1
+    if given is not None:
+        num_given = given.shape[1]
+        num_given += not torch.equal(answers[:, :num_given], given)
+    return answers[:, num_given:], state.commit(entries)
