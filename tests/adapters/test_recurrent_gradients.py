@@ -174,3 +174,52 @@ def test_models_in_half_precision_carry_a_float32_memory(settings, whole, tiny_m
     assert out.new_entries.memory.dtype == torch.float32
     out.loss.backward()
     assert memory_model.memory.memory.grad.any()
+
+
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_logits_without_labels_reach_bptt_depth_segments(depth, replay, tiny_model, wrap):
+    memory_model = untied(tiny_model, wrap, bptt_depth=depth, replay=replay)
+    ids = segment_ids(5)
+    logits = memory_model(ids).logits
+    with torch.no_grad():
+        close(logits, wrap(memory_model.model)(ids).logits)
+    for index in range(5):
+        wanted = [memory_model.model.get_input_embeddings().weight, memory_model.memory.memory]
+        tokens, memory = torch.autograd.grad(
+            logits[0, 7 * index : 7 * index + 7].square().sum(), wanted,
+            allow_unused=True, retain_graph=True,
+        )  # fmt: skip
+        reached = (tokens[:5].abs().amax(dim=1) > 0).tolist()
+        assert reached == [index - depth < place <= index for place in range(5)]
+        assert (memory is not None and bool((memory != 0).any())) == (depth > index)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_answers_without_labels_reach_bptt_depth_segments(name, tiny_model, wrap):
+    memory_model, ids = wrap(tiny_model(name), bptt_depth=2), segment_ids(5)
+    answer = memory_model(ids).logits if name == "bert" else memory_model.encode(ids)[0]
+    assert answer.requires_grad
+    embeddings = memory_model.model.get_input_embeddings().weight
+    tokens, memory = torch.autograd.grad(
+        answer.square().sum(), [embeddings, memory_model.memory.memory], allow_unused=True
+    )
+    assert (tokens[:5].abs().amax(dim=1) > 0).tolist() == [False] * 3 + [True] * 2
+    assert memory is None or not bool(memory.any())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_part_of_a_batch_without_labels_has_the_loss_0(name, tiny_model, wrap, draw):
+    # one of several micro-batches, whose loss is divided by the labels of all
+    memory_model, ids = wrap(tiny_model(name)), draw(2, 17)
+    none = torch.full_like(labels_for(memory_model, ids, draw), -100)
+    out = memory_model(ids, labels=none, num_items_in_batch=5)
+    assert out.loss == 0
+    if memory_model.kind == "decoder":
+        assert out.token_losses.shape == ids.shape
+        assert not out.token_losses.any()
+    out.loss.backward()
+    used = [weight for weight in memory_model.parameters() if weight.grad is not None]
+    # processes that train together wait for all of them
+    assert len(used) == len(list(memory_model.parameters()))
+    assert not any(weight.grad.any() for weight in used)

@@ -7,6 +7,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
+from byheart.adapters.attach import attach
+from byheart.memory.config import KnnMemoryConfig
+from byheart.models.config import DecoderConfig
+from byheart.models.decoder import Decoder
+
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
@@ -95,3 +100,61 @@ def test_checkpoints_hold_tied_weights_once(name, tiny_model, wrap, draw, tmp_pa
     for mine, theirs in zip(other.parameters(), memory_model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert other.model.get_output_embeddings().weight is other.model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "attached", "attached alone"])
+def test_smoothed_labels_are_those_of_the_model_inside(name, tiny_model, wrap, draw, tmp_path):
+    # the Trainer pops the labels, and moves them by one for the language models that it knows
+    ids = draw(2, 7)
+    labels = torch.tensor([1, 2]) if name == "bert" else ids
+    if name.startswith("attached"):
+        knn = KnnMemoryConfig(layers=(1,), memory_size=16, top_k=4)
+        memory_model = attach(tiny_model("llama"), knn=knn, segment_length=13)
+        memory_model = memory_model if name.endswith("alone") else wrap(memory_model)
+    else:
+        memory_model = wrap(tiny_model(name))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+
+    trainer = Trainer(model=memory_model, args=arguments)
+    loss = trainer.compute_loss(memory_model, {"input_ids": ids, "labels": labels})
+
+    logits = memory_model(ids).logits
+    if name != "bert":
+        logits, labels = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    close(loss, torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+def test_it_prints_by_its_own_name(tiny_model, wrap):
+    knn = KnnMemoryConfig(layers=(1,), memory_size=16, top_k=4)
+    attached = attach(tiny_model("llama"), knn=knn, segment_length=7)
+    assert repr(attached).startswith("MemoryModel(\n  (model): LlamaForCausalLM(")
+    lines = repr(wrap(tiny_model("bert"))).splitlines()
+    assert lines[:2] == ["RecurrentMemory(", "  (model): BertForSequenceClassification("]
+
+
+def test_gradient_checkpointing_is_that_of_the_model_inside(tiny_model, wrap, draw, tmp_path):
+    ids, found = draw(2, 17), []
+    for checkpointing in (False, True):
+        memory_model = wrap(tiny_model("llama"), replay=checkpointing).train()
+        if checkpointing:
+            memory_model.activation_checkpointing_enable()
+            assert any(
+                getattr(module, "gradient_checkpointing", False)
+                for module in memory_model.modules()
+            )
+        memory_model(ids, labels=ids).loss.backward()
+        found.append([weight.grad for weight in memory_model.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        close(mine, theirs)
+
+
+def test_gradient_checkpointing_needs_a_model_that_has_it(wrap):
+    config = DecoderConfig(
+        vocab_size=9, num_layers=1, embed_dim=16, num_heads=2, head_dim=8, hidden_dim=24,
+        segment_length=13, xl_cache_length=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"Decoder has no gradient checkpointing\. Leave it off"):
+        wrap(Decoder(config)).gradient_checkpointing_enable()

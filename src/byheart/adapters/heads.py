@@ -24,7 +24,7 @@ class Request:
     content: Any
     """In the terms of the model's reader."""
     has_loss: bool
-    """Whether a gradient starts there."""
+    """Whether a gradient can start there."""
 
 
 @runtime_checkable
@@ -50,6 +50,7 @@ def make_head(
     targets: Tensor | None,
     logits_to_keep: int | None,
     problem_type: str | None = None,
+    may_lack_labels: bool = False,
 ) -> Head:
     """Make the head for a kind of model.
 
@@ -60,6 +61,7 @@ def make_head(
         targets: What follows each token, for language models.
         logits_to_keep: Input columns, from the end, whose logits a language model returns.
         problem_type: What a classifier's labels mean, as in its config; `None` to tell by them.
+        may_lack_labels: Whether labels may all be -100: a part of a larger batch has the loss 0.
 
     Returns:
         The head.
@@ -68,7 +70,7 @@ def make_head(
         ValueError: If an argument does not fit the kind or the text.
     """
     if kind == "decoder":
-        return LanguageHead(text, labels, targets, logits_to_keep)
+        return LanguageHead(text, labels, targets, logits_to_keep, may_lack_labels=may_lack_labels)
     if targets is not None or logits_to_keep is not None:
         msg = f"targets and logits_to_keep are for language models, got a model of kind {kind!r}."
         raise ValueError(msg)
@@ -76,7 +78,9 @@ def make_head(
     if labels is not None and len(labels) != len(text.num_tokens):
         msg = f"labels must have one entry per row ({len(text.num_tokens)}), got {len(labels)}."
         raise ValueError(msg)
-    return ClassifierHead(labels, problem_type) if kind == "encoder" else AnswerHead(labels)
+    if kind == "encoder":
+        return ClassifierHead(labels, problem_type, may_lack_labels=may_lack_labels)
+    return AnswerHead(labels, may_lack_labels=may_lack_labels)
 
 
 class LanguageHead:
@@ -88,6 +92,8 @@ class LanguageHead:
         labels: Int[Tensor, "batch tokens"] | None,
         targets: Int[Tensor, "batch tokens"] | None,
         logits_to_keep: int | None,
+        *,
+        may_lack_labels: bool = False,
     ) -> None:
         self.text = text
         if labels is not None:
@@ -98,7 +104,8 @@ class LanguageHead:
         self._check_targets(targets)
         self.targets = None if targets is None else text.from_input(targets.long(), IGNORED)
         labelled = None if self.targets is None else (self.targets != IGNORED).cpu()
-        if labelled is not None and not labelled.any():
+        self.lacks_labels = labelled is not None and not bool(labelled.any())
+        if self.lacks_labels and not may_lack_labels:
             msg = (
                 f"At least one token must have a label that is not {IGNORED}, got none"
                 f"{' after moving them by one' if labels is not None else ''}."
@@ -127,6 +134,8 @@ class LanguageHead:
             bool(self.labelled[row, start:stop].any())
             for row, (start, stop) in zip(step.rows, step.spans, strict=True)
         )
+        # a loss of 0 has a gradient, too: processes wait for it
+        has_loss = has_loss or (self.lacks_labels and any(step.last))
         logits = any(
             stop > start and self.text.column(row, stop - 1) >= self.first_kept
             for row, (start, stop) in zip(step.rows, step.spans, strict=True)
@@ -137,7 +146,8 @@ class LanguageHead:
         width = max(stop - start for start, stop in step.spans)
         columns = None if has_loss else kept_columns(self.text, step, self.first_kept)
         content = TextRequest(num_columns=width, targets=targets, logits=logits, columns=columns)
-        return Request(content=content, has_loss=has_loss)
+        # without labels the caller's own loss is about the logits
+        return Request(content=content, has_loss=has_loss or self.labelled is None)
 
     def _targets(self, step: Step) -> Int[Tensor, "rows text"]:
         assert self.targets is not None
@@ -199,9 +209,12 @@ class LanguageHead:
 class ClassifierHead:
     """The class of each text, from its last segment."""
 
-    def __init__(self, labels: Tensor | None, problem_type: str | None) -> None:
+    def __init__(
+        self, labels: Tensor | None, problem_type: str | None, *, may_lack_labels: bool = False
+    ) -> None:
         self.labels = labels
         self.problem_type = problem_type
+        self.may_lack_labels = may_lack_labels
 
     def request(self, step: Step) -> Request | None:
         """Ask for logits where a row ends.
@@ -211,7 +224,7 @@ class ClassifierHead:
         """
         if not any(step.last):
             return None
-        return Request(content=True, has_loss=self.labels is not None)
+        return Request(content=True, has_loss=True)
 
     def collect(
         self,
@@ -227,21 +240,25 @@ class ClassifierHead:
         logits = _of_last_segments(steps, outputs)
         if self.labels is None:
             return {"logits": logits}
-        total, count = class_loss(logits.float(), self.labels, self.problem_type)
+        total, count = class_loss(
+            logits.float(), self.labels, self.problem_type, may_lack_labels=self.may_lack_labels
+        )
         return {"loss": total / (count if num_items is None else num_items), "logits": logits}
 
 
 class AnswerHead:
     """The answer of an encoder-decoder to each text, from its last segment."""
 
-    def __init__(self, labels: Int[Tensor, "batch answer"] | None) -> None:
+    def __init__(
+        self, labels: Int[Tensor, "batch answer"] | None, *, may_lack_labels: bool = False
+    ) -> None:
         if labels is None:
             msg = "labels must be given for an encoder-decoder, got None. Use generate to answer."
             raise ValueError(msg)
         if labels.ndim != 2:
             msg = f"labels must be [batch, answer], got the shape {list(labels.shape)}."
             raise ValueError(msg)
-        if not bool((labels != IGNORED).any()):
+        if not may_lack_labels and not bool((labels != IGNORED).any()):
             msg = f"At least one token must have a label that is not {IGNORED}, got none."
             raise ValueError(msg)
         self.labels = labels.long()
@@ -290,7 +307,7 @@ class EncoderHead:
         """
         if not any(step.last):
             return None
-        return Request(content=AnswerRequest(labels=None), has_loss=False)
+        return Request(content=AnswerRequest(labels=None), has_loss=True)
 
     def collect(
         self,

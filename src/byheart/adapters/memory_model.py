@@ -20,6 +20,7 @@ from byheart.adapters.memory_pass import MemoryPass
 from byheart.adapters.memory_view import MEMORY
 from byheart.adapters.row_tokens import RowTokens
 from byheart.adapters.tied import keep_tied_weights_once
+from byheart.adapters.trainer_face import TrainerFace
 from byheart.adapters.window_models import read_causal
 from byheart.memory.layout import MemoryLayout
 from byheart.memory.state import MemoryState, NewEntries
@@ -45,7 +46,7 @@ class MemoryOutput(ModelOutput):  # type: ignore[misc]
     """What to give to `state.commit` after backward."""
 
 
-class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
+class MemoryModel(TrainerFace, SegmentModel, PushToHubMixin):  # type: ignore[misc]
     """A pretrained decoder that remembers.
 
     Forward reads memory and never writes it:
@@ -59,11 +60,6 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
         Wu et al. 2022, Memorizing Transformers, "Fine-tuning a non-memory model"
         (arXiv:2203.08913); Dai et al. 2019, Transformer-XL.
     """
-
-    accepts_loss_kwargs = True
-    """For transformers' `Trainer`: give `num_items_in_batch` to `forward`."""
-    loss_type = "ForCausalLM"
-    """For transformers' `Trainer`: the first of the labels is not predicted, so do not count it."""
 
     def __init__(self, model: PreTrainedModel, config: AttachConfig) -> None:
         """Put memory on a model.
@@ -187,14 +183,6 @@ class MemoryModel(SegmentModel, PushToHubMixin):  # type: ignore[misc]
     def has_learned(self) -> bool:
         """Whether the model's own weights are others than when memory was put on it."""
         return weight_sums(self.model, is_added) != self._sums
-
-    def gradient_checkpointing_enable(self, *arguments: Any, **options: Any) -> None:
-        """Trade time for memory in training, as the model itself does it; for the Trainer."""
-        names = "activation_checkpointing_enable", "gradient_checkpointing_enable"
-        enable = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
-        enable(*arguments, **options)
-
-    activation_checkpointing_enable = gradient_checkpointing_enable
 
     def generate(self, input_ids: Any = None, generation_config: Any = None, **options: Any) -> Any:
         """Continue prompts as transformers' `generate` does, with the memory in sight.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -27,6 +27,7 @@ from byheart.adapters.recurrent_checks import (
 )
 from byheart.adapters.recurrent_trial import generates_behind_padding
 from byheart.adapters.tied import keep_tied_weights_once
+from byheart.adapters.trainer_face import TrainerFace
 from byheart.memory.recurrent import NewMemory, RecurrentLayout, RecurrentState
 from byheart.models.arguments import require_state_type
 from byheart.models.fingerprint import model_fingerprint
@@ -61,7 +62,7 @@ class RecurrentOutput(ModelOutput):  # type: ignore[misc]
     has a gradient: added to the loss, it makes the memory keep what it can."""
 
 
-class RecurrentMemory(nn.Module):
+class RecurrentMemory(TrainerFace):
     """A model that passes memory tokens from segment to segment.
 
     A `Decoder`, alone or with its XL cache and kNN memory; of Hugging Face encoders for sequence
@@ -79,9 +80,6 @@ class RecurrentMemory(nn.Module):
     Source:
         Bulatov, Kuratov, Burtsev 2022 (arXiv:2207.06881) and 2023 (arXiv:2304.11062).
     """
-
-    accepts_loss_kwargs = True
-    """For transformers' `Trainer`: give `num_items_in_batch` to `forward`."""
 
     def __init__(
         self, model: PreTrainedModel | SegmentModel, config: RecurrentMemoryConfig
@@ -109,14 +107,9 @@ class RecurrentMemory(nn.Module):
         keep_tied_weights_once(self)
 
     @property
-    def config(self) -> Any:
-        """The config of the model inside."""
-        return self.model.config
-
-    @property
-    def loss_type(self) -> str | None:
-        """The loss of the model inside, by which transformers' `Trainer` counts the labels."""
-        return "ForCausalLM" if self.kind == "decoder" else getattr(self.model, "loss_type", None)
+    def is_language_model(self) -> bool:
+        """Whether each token is predicted from those before it."""
+        return self.kind == "decoder"
 
     @cached_property
     def generates_behind_padding(self) -> bool:
@@ -152,6 +145,7 @@ class RecurrentMemory(nn.Module):
             state: What to save.
             directory: Where to. It is replaced only when the new one is complete.
         """
+        require_state_type(state, RecurrentState)
         self.layout.require_same(state.layout, "The memory state")
         state.save(os.fspath(directory), fingerprint=model_fingerprint(self))
 
@@ -217,6 +211,7 @@ class RecurrentMemory(nn.Module):
                 targets=targets,
                 logits_to_keep=logits_to_keep,
                 problem_type=getattr(self.config, "problem_type", None),
+                may_lack_labels=num_items_in_batch is not None,
             )
 
         result, entries = self._read(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from byheart.choices import require_choices, require_finite
+from byheart.choices import require_choices, require_finite, require_whole
 from byheart.ops.segments import Alignment
 
 
@@ -25,7 +25,8 @@ class RecurrentMemoryConfig:
     `right` the first (the report), `center` makes all about equally long."""
     bptt_depth: int | None = None
     """Segments that a loss reaches backwards, its own included; `None` for all of the call. More
-    than a text has are all of it: rows of a batch differ in length."""
+    than a text has are all of it: rows of a batch differ in length. Without labels the same holds
+    for what is returned of each segment: logits, or the states of an encoder."""
     replay: bool = False
     """Keep only the memory between segments for the backward pass (and the XL cache, if the model
     has one), and compute each segment again: the same gradients in constant memory, for a third
@@ -56,6 +57,7 @@ class RecurrentMemoryConfig:
     def __post_init__(self) -> None:
         require_choices(self)
         require_finite(self)
+        require_whole(self)
         for name, least in (("segment_length", 1), ("num_memory_tokens", 0)):
             value = getattr(self, name)
             if value < least:

@@ -164,7 +164,11 @@ def _labels_inside(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tenso
 
 
 def class_loss(
-    logits: Float[Tensor, "rows classes"], labels: Tensor, problem_type: str | None
+    logits: Float[Tensor, "rows classes"],
+    labels: Tensor,
+    problem_type: str | None,
+    *,
+    may_lack_labels: bool = False,
 ) -> tuple[Tensor, Tensor | int]:
     """Compute the loss that Hugging Face's classifiers compute for such labels.
 
@@ -172,6 +176,7 @@ def class_loss(
         logits: Scores of the classes of each row.
         labels: A class per row, -100 for none, or a number per class.
         problem_type: What labels mean, as in the classifier's config; `None` to tell by them.
+        may_lack_labels: Whether the sum is wanted of rows without a label, too: it is 0.
 
     Returns:
         Its sum over rows, or rows and classes, and how many of them have a label.
@@ -199,7 +204,7 @@ def class_loss(
         return loss, labels.numel()
     require_labels(labels, logits.shape[1], "Load the model with as many classes (num_labels).")
     labelled = labels != IGNORED
-    if not bool(labelled.any()):
+    if not may_lack_labels and not bool(labelled.any()):
         msg = f"At least one row must have a label that is not {IGNORED}, got none."
         raise ValueError(msg)
     labels = labels.view(-1).long()
