@@ -118,6 +118,12 @@ def _fixed_seed(request) -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def without_typechecks(monkeypatch):
+    """Let values through that the suite's type checks refuse, and users have not."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory(request):
     """Fill uninitialised tensors with NaN, so that reading one cannot go unnoticed.

@@ -3,10 +3,11 @@
 import importlib
 import math
 import pkgutil
+import re
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import jaxtyping
+import numpy as np
 import pytest
 
 import byheart
@@ -51,12 +52,6 @@ CONFIGS: list[Any] = [
 def choices_of(cls):
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls) if get_origin(hints[f.name]) is Literal}
-
-
-@pytest.fixture
-def without_typechecks(monkeypatch):
-    """Let values through that the suite's type checks refuse, and users have not."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 CASES = [(config, name) for config in CONFIGS for name in choices_of(type(config))]
@@ -104,6 +99,36 @@ NUMBERS = [(config, name) for config in WITH_NUMBERS for name in numbers_of(type
 def test_a_number_that_is_none_is_refused(config, name, value):
     with pytest.raises(ValueError, match=rf"{name} must be a finite number, got {value}\."):
         replace(config, **{name: value})
+
+
+WHOLE = [
+    (RecurrentMemoryConfig(segment_length=5), "segment_length", 8.5, "a whole number"),
+    (RecurrentMemoryConfig(segment_length=5), "num_memory_tokens", True, "a whole number"),
+    (RecurrentMemoryConfig(segment_length=5), "bptt_depth", 1.5, "a whole number"),
+    (RecurrentMemoryConfig(segment_length=5), "end_ids", (5.9,), "a tuple of whole numbers"),
+    (RecurrentMemoryConfig(segment_length=5), "start_ids", 5, "a tuple of whole numbers"),
+    (RecurrentMemoryConfig(segment_length=5), "replay", "no", "True or False"),
+    (KnnMemoryConfig(layers=(0,)), "layers", 0, "a tuple of whole numbers"),
+    (KnnMemoryConfig(layers=(0,)), "top_k", 4.0, "a whole number"),
+    (DecoderConfig(vocab_size=7), "vocab_size", "7", "a whole number"),
+    (DecoderConfig(vocab_size=7), "vocab_size", None, "a whole number"),
+    (DecoderConfig(vocab_size=7), "self_visible", 1, "True or False"),
+    (SamplingConfig(), "top_k", 2.5, "a whole number"),
+    (TaskConfig(name="memorize", segment_length=50), "any_length", "yes", "True or False"),
+]
+
+
+@pytest.mark.parametrize(("config", "name", "value", "wanted"), WHOLE)
+@pytest.mark.usefixtures("without_typechecks")
+def test_what_is_no_whole_number_or_truth_value_is_refused(config, name, value, wanted):
+    message = rf"{name} must be {wanted}, got {re.escape(repr(value))}\."
+    with pytest.raises(TypeError, match=message):
+        replace(config, **{name: value})
+
+
+@pytest.mark.usefixtures("without_typechecks")
+def test_whole_numbers_of_numpy_are_whole():
+    assert RecurrentMemoryConfig(segment_length=np.int64(5), bptt_depth=None).segment_length == 5
 
 
 def test_no_config_is_left_out():

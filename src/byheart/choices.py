@@ -1,13 +1,15 @@
-"""Fields that are one of a few words, and fields that are numbers."""
+"""Fields that are one of a few words, numbers, or whole."""
 
 import math
+import operator
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-__all__ = ["require_choice", "require_choices", "require_finite"]
+__all__ = ["require_choice", "require_choices", "require_finite", "require_whole"]
 
 
 def require_choices(config: object) -> None:
@@ -65,6 +67,60 @@ def require_finite(config: object, *, but: Collection[str] = (), path: str = "")
         elif isinstance(value, float) and not math.isfinite(value) and field.name not in but:
             msg = f"{name} must be a finite number, got {value}. Write one."
             raise ValueError(msg)
+
+
+def require_whole(config: object) -> None:
+    """Refuse a config in which something else stands for a whole number, or for true or false.
+
+    Comparisons let 8.5 and "no" through, and what fails then is far from here.
+
+    Args:
+        config: An instance of a dataclass.
+
+    Raises:
+        TypeError: If there is such a value.
+    """
+    cls: type = type(config)
+    for name, (kind, may_be_none) in _whole_fields_of(cls).items():
+        value = getattr(config, name)
+        if value is None and may_be_none:
+            continue
+        if kind is bool:
+            fits, wanted = isinstance(value, bool), "True or False"
+        elif kind is int:
+            fits, wanted = _is_whole(value), "a whole number"
+        else:
+            fits = isinstance(value, (tuple, list)) and all(map(_is_whole, value))
+            wanted = "a tuple of whole numbers"
+        if not fits:
+            msg = f"{name} must be {wanted}, got {value!r}."
+            raise TypeError(msg)
+
+
+def _is_whole(value: object) -> bool:
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+@cache
+def _whole_fields_of(cls: type) -> Mapping[str, tuple[Any, bool]]:
+    """Find the fields for whole numbers, tuples of them, and truth values.
+
+    Returns:
+        Their type and whether `None` will do, by name.
+    """
+    hints, found = typing.get_type_hints(cls), {}
+    for field in fields(cls):
+        hint = hints[field.name]
+        kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+        if hint == tuple[int, ...] or kinds == [tuple[int, ...]]:
+            kinds = [tuple]
+        if len(kinds) == 1 and kinds[0] in (int, bool, tuple):
+            found[field.name] = kinds[0], NoneType in get_args(hint)
+    return found
 
 
 @cache

@@ -9,6 +9,7 @@ import transformers
 
 from byheart.adapters.families import model_kind, whole_window_layers
 from byheart.adapters.heads import AnswerHead
+from byheart.adapters.recurrent import RecurrentMemory
 from byheart.errors import CheckpointError, MemoryStateError
 from byheart.memory.recurrent import RecurrentState
 from byheart.models.recurrent_text import text_extents
@@ -481,3 +482,37 @@ def test_a_refused_pass_leaves_no_hook_behind(decoder, draw):
     with pytest.raises((IndexError, ValueError)):
         decoder(ids, targets=wrong)
     assert decoder.model(input_ids=ids).logits.shape == (2, 9, 43)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_a_model_that_returns_tuples_is_refused(name, tiny_model, wrap):
+    model = tiny_model(name)
+    model.config.return_dict = False
+    with pytest.raises(
+        ValueError, match=r"return_dict must be True, got False\. Set model\.config"
+    ):
+        wrap(model)
+
+
+def test_a_model_without_a_table_of_embeddings_is_refused(wrap):
+    config = transformers.IBertConfig(**SMALL)
+    model = transformers.IBertForSequenceClassification(config).eval()
+    with pytest.raises(ValueError, match="must be a table of vectors, got QuantEmbedding of ibert"):
+        wrap(model)
+
+
+@pytest.mark.usefixtures("without_typechecks")
+def test_a_config_of_another_kind_is_refused(tiny_model):
+    with pytest.raises(TypeError, match="config must be a RecurrentMemoryConfig, got dict"):
+        RecurrentMemory(tiny_model("bert"), {"segment_length": 7})
+
+
+@pytest.mark.usefixtures("without_typechecks")
+def test_what_a_pass_returns_is_no_memory(decoder, draw, tmp_path):
+    out = decoder(draw(1, 9))
+    for wrong in (out, None):
+        with pytest.raises(TypeError, match=r"commit takes out\.new_entries of a pass, got "):
+            decoder.new_state(1).commit(wrong)
+    with pytest.raises(TypeError, match="state must be a RecurrentState, got NewMemory"):
+        decoder.save_state(out.new_entries, tmp_path / "state")
+    assert not list(tmp_path.iterdir())

@@ -47,10 +47,14 @@ def require_fits(model: PreTrainedModel | SegmentModel, config: RecurrentMemoryC
     Raises:
         ValueError: If the window is too small, local attention would cut the memory off, hidden
             states do not fit into the embedding, the model does not read vectors as it reads
-            tokens or mixes padding with text, special tokens stand around a decoder's memory, or a
-            memory of the model's own would not be read.
+            tokens, returns tuples or mixes padding with text, special tokens stand around a
+            decoder's memory, or a memory of the model's own would not be read.
+        TypeError: If `config` is another's.
     """
     kind = model_kind(model)
+    if not isinstance(config, RecurrentMemoryConfig):
+        msg = f"config must be a RecurrentMemoryConfig, got {type(config).__name__}."
+        raise TypeError(msg)
     if kind == "decoder" and config.num_special_tokens:
         msg = (
             "start_ids, separator_ids and end_ids must be empty for a decoder, got "
@@ -143,6 +147,18 @@ def _require_nothing_attached(model: PreTrainedModel) -> None:
 
 
 def _require_embedding(model: PreTrainedModel) -> None:
+    if not getattr(model.config, "return_dict", True):
+        msg = "return_dict must be True, got False. Set model.config.return_dict = True."
+        raise ValueError(msg)
+    embedding: Any = model.get_input_embeddings()
+    weight: Any = getattr(embedding, "weight", None)
+    is_table = isinstance(weight, Tensor)
+    if not is_table or not isinstance(embedding(weight.new_zeros(1).int()), Tensor):
+        msg = (
+            f"Token embeddings must be a table of vectors, got {type(embedding).__name__} of "
+            f"{model.config.model_type}. Use another model."
+        )
+        raise ValueError(msg)
     reader = window_model(model)
     width = model.get_input_embeddings().weight.shape[1]
     if reader.embed_dim != width:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from byheart.choices import require_choices, require_finite
+from byheart.choices import require_choices, require_finite, require_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +41,7 @@ class KnnMemoryConfig:
     def __post_init__(self) -> None:
         require_choices(self)
         require_finite(self)
+        require_whole(self)
         if not self.layers:
             msg = "knn_memory.layers must name at least one layer. Pass knn_memory=None for none."
             raise ValueError(msg)

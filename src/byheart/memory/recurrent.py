@@ -209,7 +209,11 @@ class RecurrentState:
 
         Raises:
             MemoryStateError: If the pass has read another state.
+            TypeError: If it is not what a pass has made.
         """
+        if not isinstance(new, NewMemory):
+            msg = f"commit takes out.new_entries of a pass, got {type(new).__name__}."
+            raise TypeError(msg)
         fits = new.memory.shape == self.memory.shape and new.pending.shape == self.pending.shape
         before = self.start_documents(new.document_start) if fits else self
         if not fits or not torch.equal(new.position_before, before.position):

@@ -227,7 +227,11 @@ class MemoryState:
                 cross the end of a segment. The state is then as it was.
             ValueError: If they were made from a state whose rows were taken to begin a segment, and
                 this one's do not.
+            TypeError: If they are not what a pass has made.
         """
+        if not isinstance(new, NewEntries):
+            msg = f"commit takes out.new_entries of a pass, got {type(new).__name__}."
+            raise TypeError(msg)
         state, num_pending = self._continued_by(new)
         lease = self._lease.pass_on()
         after, segment = state._moved_on(state.pending, new, num_pending)

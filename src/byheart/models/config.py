@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from byheart.choices import require_choices, require_finite
+from byheart.choices import require_choices, require_finite, require_whole
 from byheart.memory.config import KnnMemoryConfig
 from byheart.memory.layout import MemoryLayout
 
@@ -59,6 +59,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         require_choices(self)
         require_finite(self)
+        require_whole(self)
         for name in (
             "vocab_size",
             "num_layers",

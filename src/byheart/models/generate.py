@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from byheart.choices import require_finite
+from byheart.choices import require_finite, require_whole
 from byheart.memory.state import MemoryState
 from byheart.models.segment_model import SegmentModel
 from byheart.models.streaming import read_tokens
@@ -31,6 +31,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require_finite(self)
+        require_whole(self)
         if self.temperature < 0:
             msg = f"temperature must be at least 0, got {self.temperature}."
             raise ValueError(msg)

@@ -128,6 +128,7 @@ class SegmentModel(nn.Module, ABC):
             state: What to save.
             directory: Where to. It is replaced only when the new one is complete.
         """
+        require_state_type(state, MemoryState)
         self.memory_layout.require_same(state.layout, "The memory state")
         save_state(state, Path(directory), fingerprint=model_fingerprint(self))
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from byheart.choices import require_choices, require_finite
+from byheart.choices import require_choices, require_finite, require_whole
 
 __all__ = ["TaskConfig", "TaskForm", "TaskName"]
 
@@ -56,6 +56,7 @@ class TaskConfig:
     def __post_init__(self) -> None:
         require_choices(self)
         require_finite(self)
+        require_whole(self)
         if self.segment_length < 1:
             msg = f"segment_length must be at least 1, got {self.segment_length}."
             raise ValueError(msg)
