@@ -251,6 +251,7 @@ def test_wrong_usage_exits_with_2(command, arguments, message):
 def test_what_is_stopped_exits_with_130_and_a_line(command, run_dir, monkeypatch):
     for error, line in (
         (KeyboardInterrupt(), "Stopped by Ctrl-C."),
+        (KeyboardInterrupt("SIGTERM"), "Stopped by SIGTERM."),
         (TrainingInterruptedError("Training was stopped."), "error: Training was stopped."),
     ):
 

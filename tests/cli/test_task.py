@@ -1,18 +1,24 @@
 """Tasks from the outside: train, evaluate and reproduce with recurrent memory."""
 
 import json
+import re
 import shutil
 import sys
 
 import pytest
 import torch
 
-from byheart.cli import task
+from byheart.cli import reproduce_generalization, reproduce_tasks, task
 from byheart.cli.main import main
+from byheart.cli.measured import measure_once
 from byheart.cli.reproduce_generalization import PUBLISHED_GENERALIZATION
-from byheart.cli.reproduce_runs import measure_once
+from byheart.cli.reproduce_runs import make_run
+from byheart.config import apply_overrides
+from byheart.data.tasks import train_task_tokenizer
 from byheart.errors import CheckpointError
+from byheart.recipes import TASK_RECIPES
 from byheart.training.task_files import load_task_run
+from byheart.training.task_model import make_task
 
 RUN = [
     "--set=window=29", "--set=encoder.num_layers=1", "--set=encoder.embed_dim=12",
@@ -91,12 +97,18 @@ def test_a_curriculum_that_fails_is_a_failure_with_a_remedy(command, stories, tm
 
 def test_evaluate_task_measures_several_runs(command, run_dir, tmp_path):
     arguments = ("--segments", "1,2,16", "--samples", 5, "--out", tmp_path)
-    code, out, err = command("evaluate-task", run_dir, run_dir, *arguments)
+    other = tmp_path / "other"
+    shutil.copytree(run_dir, other)
+    config = json.loads((other / "config.json").read_text())
+    config["training"] |= {"seed": 5, "save_every": 7}
+    (other / "config.json").write_text(json.dumps(config))
+    code, out, err = command("evaluate-task", run_dir, other, *arguments)
     assert code == 0, err
     assert "2 runs" in out
+    assert not list(tmp_path.glob("measured-*"))
     result = json.loads((tmp_path / "segments.json").read_text())
     assert result["segments"] == [1, 2, 16]
-    assert result["accuracy_deviation"] == [0, 0, 0]
+    assert len(result["accuracy_deviation"]) == 3
     assert [run["measurements"][2]["num_tokens"] for run in result["runs"]] == [5 * 16 * 23] * 2
     assert (tmp_path / "segments.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "segments.md").read_text().startswith("**Accuracy of memorize")
@@ -215,7 +227,12 @@ def test_reproduce_trains_once_and_compares_with_the_report(command, stories, tm
     measured = json.loads((tmp_path / "seed-0" / "segments.json").read_text())["result"]
     assert [entry["num_segments"] for entry in measured["measurements"]] == [2, 3, 5]
     assert measured["measurements"][:2] == kept
-    assert longer.index("| 3 |") < longer.index("| 5 |") < longer.index("| 2 |")
+    assert longer.index("| 2 |") < longer.index("| 3 |") < longer.index("| 5 |")
+    # and so does another number of documents
+    code, _, err = command(*arguments, "--samples", 5, "--segments", "2")
+    assert code == 0, err
+    code, after, err = command(*arguments, "--segments", "3,5,2,2")
+    assert (code, after) == (0, longer), err
 
 
 def test_a_finished_run_needs_no_checkpoints_and_is_not_overwritten(command, stories, tmp_path):
@@ -297,6 +314,101 @@ def test_the_report_has_seven_stages_measured_on_fifteen_lengths():
             # every model has learned the length of its stage
             assert 0.96 < row[stage] <= 1
             assert min(row.values()) > 0.15
+
+
+def test_a_task_that_was_not_learned_is_a_failure_beside_its_table(command, stories, tmp_path):
+    changes = [*RUN, *stories, "--set=curriculum.advance_accuracy=0.3"]
+    changes += ["--set=curriculum.max_segments=4", "--set=curriculum.continue_segments=4"]
+    arguments = (
+        "reproduce", "memorize", "--quick", "--out", tmp_path, "--segments", "1,2", "--samples", 4,
+        "--no-plot", *changes,
+    )  # fmt: skip
+    for _ in range(2):
+        code, out, err = command(*arguments)
+        assert code == 1, err
+        assert re.search(r"seed-0: The stage of \d of 4 segments was not reached", out)
+        assert "was not reached" in (tmp_path / "memorize.md").read_text()
+
+
+def test_quick_and_full_runs_have_directories_of_their_own(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for module in (reproduce_tasks, reproduce_generalization):
+        monkeypatch.setattr(module, "prepare_output", lambda path: found.append(str(path)) or 1 / 0)
+    for arguments in (("memorize",), ("generalization",)):
+        for quick in ((), ("--quick",)):
+            with pytest.raises(ZeroDivisionError):
+                command("reproduce", *arguments, *quick)
+    assert found == [
+        "reproduce/memorize", "reproduce/memorize-quick",
+        "reproduce/generalization", "reproduce/generalization-quick",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["memorize", "detect", "reason"])
+def test_quick_runs_can_be_longer(name):
+    assert make_run(name, quick=True, overrides=None).curriculum.max_segments == 4
+    longer = make_run(name, quick=True, overrides=["curriculum.max_segments=7"]).curriculum
+    assert (longer.max_segments, longer.continue_steps) == (7, 200)
+    later = TASK_RECIPES[f"rmt-{name}"]().curriculum.continue_segments
+    assert longer.continue_segments == later
+
+
+def test_reproduce_overwrites_no_model(command, run_dir, tmp_path):
+    directory = tmp_path / "seed-0"
+    shutil.copytree(run_dir, directory)
+    (directory / "result.json").unlink()
+    for checkpoint in directory.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    code, _, err = command("reproduce", "detect", "--quick", "--out", tmp_path)
+    assert code == 1
+    assert "it holds the model of a run that left neither result nor checkpoints" in err
+    assert (directory / "model" / "manifest.json").read_bytes() == (
+        run_dir / "model" / "manifest.json"
+    ).read_bytes()
+
+
+def test_a_run_that_goes_on_is_not_measured_as_it_was(command, run_dir, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    # as resuming with more steps leaves it until the run is finished again
+    (copy / "result.json").unlink()
+    code, _, err = command("evaluate-task", copy, "--segments", "1")
+    assert code == 1
+    assert "Finish it with resume=True (--resume)" in " ".join(err.split())
+
+
+def test_training_and_evaluation_have_different_documents(command, stories, tmp_path):
+    same = stories[0].partition("background=")[2]
+    code, _, err = command(
+        "train", "rmt-memorize", "--out", tmp_path / "run", *RUN,
+        f"--set=task.background={same}", f"--set=task.validation_background={same}",
+    )  # fmt: skip
+    assert code == 2
+    assert "validation_background must be other documents than background" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pretrained_encoder_that_is_not_there_is_named(command, tmp_path):
+    code, _, err = command(
+        "train", "rmt-memorize", "--out", tmp_path / "run", "--set=pretrained=nowhere",
+        "--set=encoder=null", "--set=window=512",
+    )  # fmt: skip
+    assert code == 1
+    assert "pretrained must be a folder as save_pretrained leaves it" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_sixteen_facts_need_what_the_recipe_says():
+    words = " ".join(TASK_RECIPES["rmt-capacity"].__doc__.split())
+    settings = re.findall(r"--set ([\w.]+=[\w\[\],]+)", words)
+    run = apply_overrides(TASK_RECIPES["rmt-capacity"](), settings)
+    assert run.task.num_facts == 16
+    tokenizer = train_task_tokenizer(
+        run.task.resolve(run.segment_length, "train"), run.encoder.vocab_size
+    )
+    least = make_task(run, tokenizer, is_training=True).min_segments
+    assert least <= min(run.curriculum.min_segments, *run.evaluation.segments)
 
 
 def test_quick_changes_the_recipe_before_the_user_does(command, tmp_path):
@@ -410,8 +522,10 @@ def test_lengths_that_cannot_hold_all_facts_are_left_out_or_refused_first(
     monkeypatch.setattr(task, "DEFAULT_SEGMENTS", "1,2,16,32")
     code, out, err = command("evaluate-task", capacity, "--samples", 2, "--no-plot", "--json")
     assert code == 0, err
+    table = (capacity / "evaluation" / "segments.md").read_text()
+    assert table.startswith("**Accuracy of capacity (clean form, 5 facts) by number of segments")
     assert json.loads(out)["segments"] == [n for n in (1, 2, 16, 32) if n >= least]
-    monkeypatch.setattr(task, "measure_run", pytest.fail)
+    monkeypatch.setattr(task, "measure_trained", pytest.fail)
     place = tmp_path / "out"
     code, _, err = command("evaluate-task", capacity, "--segments", "16,1", "--out", place)
     assert code == 2
@@ -424,13 +538,58 @@ def test_runs_of_different_tasks_are_told_apart_before_they_are_measured(
     command, run_dir, tmp_path, monkeypatch, other
 ):
     copy = changed(run_dir, tmp_path / "copy", **other)
-    monkeypatch.setattr(task, "measure_run", pytest.fail)
+    monkeypatch.setattr(task, "measure_trained", pytest.fail)
     place = tmp_path / "out"
     code, _, err = command("evaluate-task", run_dir, copy, "--segments", "1", "--out", place)
     assert code == 2
     assert "must have learned the same task in segments of the same length, got memorize" in err
     assert f"in {run_dir} and " in err
     assert not place.exists()
+
+
+@pytest.mark.parametrize("other", [{"fragments": 0.0}, None])
+def test_runs_that_differ_in_more_than_their_seed_are_not_averaged(
+    command, run_dir, tmp_path, monkeypatch, other
+):
+    copy = run_dir / ".." / run_dir.name
+    if other is not None:
+        copy = changed(run_dir, tmp_path / "copy", **other)
+    monkeypatch.setattr(task, "measure_trained", pytest.fail)
+    place = tmp_path / "out"
+    code, _, err = command("evaluate-task", run_dir, copy, "--segments", "1", "--out", place)
+    assert code == 2
+    lines = " ".join(err.split())
+    if other is None:
+        assert f"Each run must be named once, got {run_dir} twice. Leave one out." in lines
+    else:
+        assert f"differ in their seed alone, but the config.json of {run_dir} and {copy}" in lines
+    assert not place.exists()
+
+
+def test_what_was_measured_before_an_interruption_is_not_measured_again(
+    command, run_dir, tmp_path, monkeypatch
+):
+    measure, lengths, failing = task.measure_trained, [], [4]
+
+    def interrupted(trained, segments, **options):
+        lengths.append(*segments)
+        if segments[0] in failing:
+            raise KeyboardInterrupt
+        return measure(trained, segments, **options)
+
+    monkeypatch.setattr(task, "measure_trained", interrupted)
+    arguments = ("evaluate-task", run_dir, "--segments", "4,1,2", "--samples", 3, "--no-plot")
+    code, _, err = command(*arguments, "--out", tmp_path)
+    assert code == 130, err
+    failing.clear()
+    code, out, err = command(*arguments, "--out", tmp_path)
+    assert code == 0, err
+    assert lengths == [1, 2, 4, 4]
+    assert out.index("| 1 |") < out.index("| 2 |") < out.index("| 4 |")
+    assert not list(tmp_path.glob("measured-*"))
+    # a result that is there says nothing about the next one
+    code, _, err = command(*arguments, "--out", tmp_path)
+    assert (code, lengths) == (0, [1, 2, 4, 4, 1, 2, 4]), err
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", None])
@@ -455,7 +614,7 @@ def test_damaged_measurements_are_named(tmp_path, content):
     file = tmp_path / "segments.json"
     file.write_text(content)
     with pytest.raises(CheckpointError, match=r"segments\.json must hold what was measured before"):
-        measure_once(file, {}, (1,), pytest.fail)
+        measure_once(file, {"model_fingerprint": ""}, (1,), pytest.fail)
     assert file.read_text() == content
 
 

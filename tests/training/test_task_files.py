@@ -46,8 +46,15 @@ def test_a_result_from_before_tokenizers_were_named_is_read(out):
     del content["tokenizer_fingerprint"]
     (out / "result.json").write_text(json.dumps(content))
     assert load_task_run(out).run == RUN
-    # so is a model whose run was killed before its result was written
+
+
+def test_the_model_of_a_run_that_goes_on_is_not_read(out):
     (out / "result.json").unlink()
+    with pytest.raises(CheckpointError, match=r"and result\.json\. Finish it with resume=True"):
+        load_task_run(out)
+    # there is nothing to go on with
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     assert load_task_run(out).run == RUN
 
 

@@ -3,7 +3,10 @@
 import io
 import logging
 import os
+import signal
 import sys
+import threading
+from types import FrameType
 from typing import Annotated, Any
 
 import torch
@@ -27,7 +30,7 @@ from byheart.errors import ByheartError
 from byheart.training.stop import TrainingInterruptedError
 
 STOPPED = 130
-"""Exit code after Ctrl-C, or a signal that stopped training: that of shells."""
+"""Exit code after Ctrl-C or SIGTERM: that of shells."""
 
 _EXPLAINED = (ByheartError, ValueError, TypeError, ImportError, OSError)
 # what torch says besides its own type of error, also of sizes that no memory can have
@@ -43,8 +46,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            err_console.print("Stopped by Ctrl-C.")
+        except KeyboardInterrupt as stop:
+            err_console.print(f"Stopped by {str(stop) or 'Ctrl-C'}.")
         except TrainingInterruptedError as error:
             _show(str(error))
         raise typer.Exit(STOPPED)
@@ -79,7 +82,10 @@ def options(
 
 
 def main() -> None:
-    """Run the command; exit code 0 is done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C."""
+    """Run the command; exit code 0 is done, 1 failed, 2 wrong usage, 130 stopped."""
+    if threading.current_thread() is threading.main_thread():
+        # training has a way of its own to stop: with a checkpoint
+        signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):
         # a terminal that cannot show a character shows another one in its place
         if isinstance(stream, io.TextIOWrapper):
@@ -101,6 +107,10 @@ def main() -> None:
             raise
         _show(text)
         sys.exit(1)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def _is_not_shown_elsewhere(record: logging.LogRecord) -> bool:

@@ -9,23 +9,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from byheart.cli.common import find_device, prepare_output
+from byheart.cli.measured import measure_once
 from byheart.cli.reproduce_output import (
     JsonOption,
-    OutOption,
     PlotOption,
+    TasksOutOption,
     show_output,
     write_output,
 )
 from byheart.cli.reproduce_runs import (
     Name,
+    Outcome,
     QuickOption,
     SamplesOption,
     SeedsOption,
     SetOption,
     learn_seeds,
     make_run,
-    measure_once,
     num_samples,
+    unreached,
 )
 from byheart.cli.task import measure_trained, parse_segments
 
@@ -85,7 +87,7 @@ _SEGMENTS = ",".join(map(str, range(1, 16)))
 def generalization(
     *,
     task: Annotated[Name, typer.Option(help="What is learned.")] = "memorize",
-    out: OutOption = Path("reproduce/generalization"),
+    out: TasksOutOption = None,
     quick: QuickOption = False,
     seeds: SeedsOption = None,
     segments: Annotated[str, typer.Option(help="Lengths to measure.")] = _SEGMENTS,
@@ -97,39 +99,44 @@ def generalization(
     """Accuracy by segments trained on and evaluated on (RMT report, Figure 5)."""
     lengths, count = parse_segments(segments), num_samples(samples, quick=quick)
     run = make_run(task, quick=quick, overrides=overrides)
+    out = out or Path("reproduce", "generalization-quick" if quick else "generalization")
     prepare_output(out)
     run = replace(run, curriculum=replace(run.curriculum, keep_stages=True))
     from byheart.evaluation.generalization import GeneralizationResult
     from byheart.evaluation.segments_result import RunsResult
     from byheart.training.stages import kept_stages
 
-    outcomes: list[str] = []
+    outcomes: list[Outcome] = []
     measured: dict[int, list[SegmentsResult]] = defaultdict(list)
-    for directory, outcome in learn_seeds(run, out / task, seeds, quick=quick):
+    for outcome in learn_seeds(run, out / task, seeds, quick=quick):
         outcomes.append(outcome)
-        for stage in kept_stages(directory):
-            found = _measure(directory, stage, lengths, samples=count, rows=run.evaluation.rows)
+        for stage in kept_stages(outcome.directory):
+            found = _measure(
+                outcome.directory, stage, lengths, samples=count, rows=run.evaluation.rows
+            )
             measured[stage].append(found)
     if not measured:
-        msg = f"At least one stage must be reached to be measured. {outcomes[-1]}"
+        msg = f"At least one stage must be reached to be measured. {outcomes[-1].summary}"
         raise ValueError(msg)
     result = GeneralizationResult(
         stages={stage: RunsResult(runs=tuple(measured[stage])) for stage in sorted(measured)}
     )
     published = PUBLISHED_GENERALIZATION[task]
-    table = result.to_markdown(published)
+    table = result.to_markdown(published) + unreached(outcomes)
     content = {
         "figure": "Bulatov et al. 2023 (arXiv:2304.11062v1), Figure 5",
         "report": {
             str(stage): {str(length): share for length, share in row.items()}
             for stage, row in published.items()
         },
-        "outcomes": outcomes,
+        "outcomes": [outcome.summary for outcome in outcomes],
         **result.to_dict(),
     }
     draw = (lambda path: _plot(result, published, path)) if plot else None
     files = write_output(out, task, content, table, draw)
     show_output(content, table, files, as_json=as_json)
+    if unreached(outcomes):
+        raise typer.Exit(1)
 
 
 def _plot(

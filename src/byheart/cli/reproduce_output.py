@@ -12,6 +12,13 @@ from byheart.cli.provenance import provenance
 from byheart.config import write_text_atomic
 
 OutOption = Annotated[Path, typer.Option(help="Directory for result, table and plot.")]
+TasksOutOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for runs, result, table and plot; default: reproduce/NAME, and "
+        "reproduce/NAME-quick with --quick."
+    ),
+]
 PlotOption = Annotated[bool, typer.Option(help="Draw the figure.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

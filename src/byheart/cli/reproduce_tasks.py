@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from byheart.cli.common import find_device, prepare_output
+from byheart.cli.measured import measure_once
 from byheart.cli.reproduce_output import (
     JsonOption,
-    OutOption,
     PlotOption,
+    TasksOutOption,
     show_output,
     write_output,
 )
@@ -25,8 +26,8 @@ from byheart.cli.reproduce_runs import (
     SetOption,
     learn_seeds,
     make_run,
-    measure_once,
     num_samples,
+    unreached,
 )
 from byheart.cli.task import DEFAULT_SEGMENTS, measure_run, parse_segments
 from byheart.config import write_text_atomic
@@ -79,7 +80,7 @@ def task_command(name: Name, summary: str) -> Callable[..., None]:
 
     def command(
         *,
-        out: OutOption = Path("reproduce", name),
+        out: TasksOutOption = None,
         quick: QuickOption = False,
         seeds: SeedsOption = None,
         segments: SegmentsOption = None,
@@ -89,7 +90,8 @@ def task_command(name: Name, summary: str) -> Callable[..., None]:
         as_json: JsonOption = False,
     ) -> None:
         plan = _plan(name, quick, seeds, segments, samples, overrides)
-        _reproduce(plan, out, plot=plot, as_json=as_json)
+        default = Path("reproduce", f"{name}-quick" if quick else name)
+        _reproduce(plan, out or default, plot=plot, as_json=as_json)
 
     command.__doc__ = summary
     return command
@@ -131,15 +133,15 @@ def _reproduce(plan: _Plan, out: Path, *, plot: bool, as_json: bool) -> None:
     prepare_output(out)
     published = PUBLISHED_ACCURACY[plan.name]
     outcomes, measured = [], []
-    for directory, outcome in learn_seeds(plan.run, out, plan.seeds, quick=plan.quick):
+    for outcome in learn_seeds(plan.run, out, plan.seeds, quick=plan.quick):
         outcomes.append(outcome)
-        measured.append(_measure(plan, directory))
+        measured.append(_measure(plan, outcome.directory))
     runs = RunsResult(runs=tuple(measured))
-    table = runs.to_markdown(published)
+    table = runs.to_markdown(published) + unreached(outcomes)
     result = {
         "figure": "Bulatov et al. 2023 (arXiv:2304.11062v1), Figure 1",
         "report": {str(count): accuracy for count, accuracy in published.items()},
-        "outcomes": outcomes,
+        "outcomes": [outcome.summary for outcome in outcomes],
         **runs.to_dict(),
     }
     draw = None
@@ -153,6 +155,8 @@ def _reproduce(plan: _Plan, out: Path, *, plot: bool, as_json: bool) -> None:
     files = write_output(out, plan.name, result, table, draw)
     files += _write_attention(out / "seed-0", out, plot=plot)
     show_output(result, table, files, as_json=as_json)
+    if unreached(outcomes):
+        raise typer.Exit(1)
 
 
 def _write_attention(run: Path, out: Path, *, plot: bool) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,13 +20,14 @@ from byheart.cli.common import (
     progress_bar,
     run_kind,
 )
+from byheart.cli.measured import measure_once
 from byheart.cli.reproduce_output import JsonOption, PlotOption, show_output, write_output
 from byheart.errors import CheckpointError
-from byheart.training.task_config import TaskRunConfig
+from byheart.training.task_config import TaskEvaluationConfig, TaskRunConfig, TaskTrainingConfig
 
 if TYPE_CHECKING:
     from byheart.evaluation.segments import SegmentsProgress
-    from byheart.evaluation.segments_result import SegmentsResult
+    from byheart.evaluation.segments_result import RunsResult, SegmentsResult
     from byheart.training.task_files import TrainedTask
 
 DEFAULT_SEGMENTS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096"
@@ -81,7 +83,10 @@ def evaluate_task(
             help="Lengths of the documents in segments; default: 1 to 4,096 that hold all facts."
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 400,
+    samples: Annotated[
+        int,
+        typer.Option(min=1, help="Documents of each length; of 4,096 segments hours on a CPU."),
+    ] = 400,
     rows: Annotated[int, typer.Option(min=1, help="Documents read side by side.")] = 50,
     background: Annotated[
         Path | None,
@@ -99,37 +104,79 @@ def evaluate_task(
     as_json: JsonOption = False,
 ) -> None:
     """Measure the accuracy on a task by number of segments."""
-    if out is None and len(runs) > 1:
-        msg = "The result of several runs belongs to none of them. Name its directory with --out."
-        raise typer.BadParameter(msg)
-    if out is None and background is not None:
-        msg = "A result in other documents is not the run's own. Name its directory with --out."
-        raise typer.BadParameter(msg)
+    _require_place(out, runs, background)
     wanted = None if segments is None else parse_segments(segments)
     where = find_device(device)
-    from byheart.evaluation.segments_plot import plot_accuracy_by_segments
     from byheart.evaluation.segments_result import RunsResult
 
     lengths = _lengths(runs, wanted, background)
     directory = out or runs[0] / "evaluation"
     prepare_output(directory)
+    kept = [directory / f"measured-{place}.json" for place in range(len(runs))]
     measure = partial(
-        measure_run,
+        _measure_once,
         segments=lengths, samples=samples, rows=rows, device=str(where), background=background,
     )  # fmt: skip
-    found = RunsResult(runs=tuple(map(measure, runs)))
-    table = found.to_markdown()
-    if background is not None:
-        table += f"\nBackground: {background}\n"
+    found = RunsResult(runs=tuple(map(measure, runs, kept)))
     result = {
         "models": [str(run) for run in runs],
         "background": None if background is None else str(background),
         **found.to_dict(),
     }
-    name = found.runs[0].task
-    draw = (lambda path: plot_accuracy_by_segments({name: found}, path)) if plot else None
+    table = found.to_markdown()
+    if background is not None:
+        table += f"\nBackground: {background}\n"
+    draw = partial(_draw, found) if plot else None
     files = write_output(directory, "segments", result, table, draw)
+    for file in kept:
+        file.unlink(missing_ok=True)
     show_output(result, table, files, as_json=as_json)
+
+
+def _require_place(out: Path | None, runs: Sequence[Path], background: Path | None) -> None:
+    if out is not None or (len(runs) == 1 and background is None):
+        return
+    what = "in other documents is not the run's own"
+    what = "of several runs belongs to none of them" if len(runs) > 1 else what
+    msg = f"The result {what}. Name its directory with --out."
+    raise typer.BadParameter(msg)
+
+
+def _draw(found: "RunsResult", path: Path) -> Path:
+    from byheart.evaluation.segments_plot import plot_accuracy_by_segments
+
+    return plot_accuracy_by_segments({found.runs[0].task: found}, path)
+
+
+def _measure_once(
+    run: Path,
+    kept: Path,
+    segments: Sequence[int],
+    *,
+    samples: int,
+    rows: int,
+    device: str,
+    background: Path | None,
+) -> "SegmentsResult":
+    """Measure a run, and keep each length until all runs are measured.
+
+    Returns:
+        Accuracy by length.
+    """
+    from byheart.models.fingerprint import model_fingerprint
+    from byheart.training.task_files import load_task_run
+
+    trained = load_task_run(run, background=background)
+    settings = {
+        "model_fingerprint": model_fingerprint(trained.memory_model),
+        "samples": samples,
+        "background": None if background is None else str(background.resolve()),
+    }
+
+    def measure(length: int) -> "SegmentsResult":
+        return measure_trained(trained, (length,), samples=samples, rows=rows, device=device)
+
+    return measure_once(kept, settings, segments, measure)
 
 
 def _lengths(
@@ -148,20 +195,31 @@ def _lengths(
     for run in runs:
         _require_task(run)
         require_finished(run)
-    kinds: dict[str, Path] = {}
+    kinds: dict[tuple[str, object], Path] = {}
     least = 1
+    twice = [run for run in runs if [one.resolve() for one in runs].count(run.resolve()) > 1]
+    if twice:
+        msg = f"Each run must be named once, got {twice[0]} twice. Leave one out."
+        raise typer.BadParameter(msg)
     for run in runs:
         # one after the other: the models of all seeds need not fit into memory
-        task = load_task_run(run, background=background).task
-        config = task.config
+        trained = load_task_run(run, background=background)
+        config = trained.task.config
         kind = f"{config.name} ({config.form} form, segments of {config.segment_length} tokens)"
-        kinds.setdefault(kind, run)
-        least = max(least, task.min_segments)
-    if len(kinds) > 1:
-        found = " and ".join(f"{kind} in {run}" for kind, run in kinds.items())
+        kinds.setdefault((kind, _but_seed(trained.run)), run)
+        least = max(least, trained.task.min_segments)
+    if len({kind for kind, _ in kinds}) > 1:
+        found = " and ".join(f"{kind} in {run}" for (kind, _), run in kinds.items())
         msg = (
             "Runs that are measured together must have learned the same task in segments of the "
             f"same length, got {found}. Measure them one by one."
+        )
+        raise typer.BadParameter(msg)
+    if len(kinds) > 1:
+        found = " and ".join(map(str, kinds.values()))
+        msg = (
+            "Runs that are measured together must differ in their seed alone, but the config.json "
+            f"of {found} differ in more. Measure them one by one."
         )
         raise typer.BadParameter(msg)
     lengths = wanted or tuple(n for n in parse_segments(DEFAULT_SEGMENTS) if n >= least)
@@ -172,6 +230,21 @@ def _lengths(
         )
         raise typer.BadParameter(msg)
     return lengths
+
+
+def _but_seed(run: TaskRunConfig) -> TaskRunConfig:
+    """Leave out what runs may differ in: the seed, and what does not change what is learned.
+
+    Returns:
+        The rest of the config.
+    """
+    same = TaskTrainingConfig()
+    names = ("seed", "save_every", "keep_checkpoints", "log_every", "precision")
+    training = replace(run.training, **{name: getattr(same, name) for name in names})
+    curriculum = replace(run.curriculum, keep_stages=False)
+    return replace(
+        run, name="", training=training, curriculum=curriculum, evaluation=TaskEvaluationConfig()
+    )
 
 
 def _require_task(run: Path) -> None:
@@ -190,7 +263,7 @@ def parse_segments(text: str) -> tuple[int, ...]:
     """Read lengths of documents, such as `1,2,4,4K`.
 
     Returns:
-        The numbers; K is 1024.
+        The numbers, each once and in order; K is 1024.
 
     Raises:
         BadParameter: If an item is no number above 0.
@@ -202,7 +275,7 @@ def parse_segments(text: str) -> tuple[int, ...]:
     if min(lengths) < 1:
         msg = f"--segments must be at least 1 each, got {text}."
         raise typer.BadParameter(msg)
-    return lengths
+    return tuple(sorted(set(lengths)))
 
 
 def measure_run(

@@ -112,6 +112,7 @@ def evaluate_by_segments(
         num_labels=task.num_labels,
         measurements=tuple(measurements),
         precision=precision,
+        num_facts=task.config.num_facts if task.config.name == "capacity" else None,
     )
 
 

@@ -71,6 +71,8 @@ class SegmentsResult:
     """One per length, in the order they were asked for."""
     precision: Literal["float32", "bfloat16"] | None = None
     """Of the matrix products; `None` if it was not written down, or not the same for all."""
+    num_facts: int | None = None
+    """Facts of a document, where the task leaves it open."""
 
     @classmethod
     def joined(cls, results: "Sequence[SegmentsResult]") -> "SegmentsResult":
@@ -165,7 +167,7 @@ class RunsResult:
 
     def __post_init__(self) -> None:
         lengths = {tuple(m.num_segments for m in run.measurements) for run in self.runs}
-        tasks = {(run.task, run.form, run.segment_length) for run in self.runs}
+        tasks = {(run.task, run.form, run.segment_length, run.num_facts) for run in self.runs}
         if len(lengths) != 1 or len(tasks) != 1:
             msg = (
                 "runs must be one or more results of the same task at the same lengths, got tasks "
@@ -251,8 +253,9 @@ class RunsResult:
 
 def _title(result: SegmentsResult) -> str:
     samples = result.measurements[0].num_samples if result.measurements else 0
+    facts = "" if result.num_facts is None else f", {result.num_facts} facts"
     return (
-        f"Accuracy of {result.task} ({result.form} form) by number of segments "
+        f"Accuracy of {result.task} ({result.form} form{facts}) by number of segments "
         f"({samples:,} documents each, chance {1 / result.num_labels:.1%})"
     )
 

@@ -58,7 +58,11 @@ def rmt_reason() -> TaskRunConfig:
 
 
 def rmt_capacity() -> TaskRunConfig:
-    """Keep 8 facts and answer by one of them: what a memory can hold (--set task.num_facts=16)."""
+    """Keep 8 facts and answer by one of them: what a memory can hold.
+
+    16 need three segments: --set task.num_facts=16 --set curriculum.min_segments=3 --set
+    evaluation.segments=[4,8,16].
+    """
     return TaskRunConfig(
         name="rmt-capacity",
         task=TaskPart(name="capacity", num_facts=8),

@@ -1,6 +1,7 @@
 """What a run that learns a task with recurrent memory is made of, as configs."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from byheart.choices import require_choices, require_finite
@@ -68,6 +69,16 @@ class TaskPart:
                 "background and validation_background must be given together, got "
                 f"{self.background!r} and {self.validation_background!r}: evaluation must not read "
                 "what training has read."
+            )
+            raise ValueError(msg)
+        if (
+            self.background is not None
+            and self.validation_background is not None
+            and Path(self.background).resolve() == Path(self.validation_background).resolve()
+        ):
+            msg = (
+                "validation_background must be other documents than background, got "
+                f"{self.background!r} twice: evaluation must not read what training has read."
             )
             raise ValueError(msg)
         # refuses what no task is, while the settings are still at hand

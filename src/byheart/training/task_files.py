@@ -125,11 +125,14 @@ def require_finished(run_dir: str | os.PathLike[str]) -> None:
         CheckpointError: If the run is not finished.
     """
     directory = Path(run_dir)
-    if not (directory / MODEL).is_dir():
-        what = f"{directory} must hold a finished run with {MODEL}/ and {TOKENIZER}/"
+    has_checkpoints = any(directory.glob("checkpoint-*"))
+    # a run that goes on has the model from before, until it is finished again
+    goes_on = has_checkpoints and not (directory / RESULT).is_file()
+    if goes_on or not (directory / MODEL).is_dir():
+        what = f"{directory} must hold a finished run with {MODEL}/, {TOKENIZER}/ and {RESULT}"
         if not directory.is_dir():
             msg = f"{what}, but there is no such directory. Check the path."
-        elif not any(directory.glob("checkpoint-*")):
+        elif not has_checkpoints:
             msg = f"{what}, and has no checkpoint to finish it from. Name another."
         else:
             msg = f"{what}. Finish it with resume=True (--resume), or name another."

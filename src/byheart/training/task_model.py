@@ -49,7 +49,8 @@ def make_tokenizer(run: TaskRunConfig, saved: Path | None = None) -> TaskTokeniz
         three more entries: `[CLS]`, `[SEP]` and padding.
 
     Raises:
-        CheckpointError: If the pretrained tokenizer has no `[CLS]` or `[SEP]`.
+        CheckpointError: If there is no pretrained encoder, or its tokenizer has no `[CLS]` or
+            `[SEP]`.
     """
     if run.encoder is not None:
         if saved is not None:
@@ -60,6 +61,12 @@ def make_tokenizer(run: TaskRunConfig, saved: Path | None = None) -> TaskTokeniz
         size = tokenizer.vocab_size
         return TaskTokenizer(tokenizer=tokenizer, start_id=size, separator_id=size + 1)
     assert run.pretrained is not None
+    if not Path(run.pretrained).is_dir():
+        msg = (
+            f"pretrained must be a folder as save_pretrained leaves it, with config.json and its "
+            f"tokenizer, and there is none at {run.pretrained}. Check the path."
+        )
+        raise CheckpointError(msg)
     tokenizer = load_tokenizer(run.pretrained)
     special = AutoTokenizer.from_pretrained(run.pretrained, local_files_only=True)
     if special.cls_token_id is None or special.sep_token_id is None:
