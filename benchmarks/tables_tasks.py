@@ -107,7 +107,8 @@ def recipe_section(task: str) -> str | None:
     return "\n\n".join(
         [
             f"## What each part of the recipe of {task} brings",
-            f"Each row changes one thing of the recipe; seed {settings['seed']}. A stage is given "
+            f"Each row changes one thing of the recipe{_changed(settings['set'])}; seed "
+            f"{settings['seed']}. A stage is given "
             f"up after {settings['stage_steps']:,} steps; {settings['continue_steps']:,} more "
             f"follow the last. Accuracy: on {settings['samples']:,} held-out documents of so many "
             "segments.",
@@ -115,6 +116,10 @@ def recipe_section(task: str) -> str | None:
             machine_line(result["machine"]),
         ]
     )
+
+
+def _changed(overrides: list[str]) -> str:
+    return f" with `{'`, `'.join(overrides)}`" if overrides else ""
 
 
 def _reached(row: dict[str, Any]) -> str:
