@@ -382,7 +382,7 @@ def render() -> str:
         flops_section(),
         pretrained_section("memorize-minilm", "GPU"),
         pretrained_section("memorize-minilm-cpu", "CPU"),
-        *(recipe_section(task) for task in ("detect", "reason")),
+        *(recipe_section(task) for task in ("memorize", "detect", "reason")),
     ]
     text = "\n\n".join([INTRODUCTION.strip(), *(section for section in sections if section)])
     return text + "\n"
