@@ -19,12 +19,7 @@ from byheart.training.task_config import (
 
 def rmt_memorize() -> TaskRunConfig:
     """Keep a fact from the first segment to the question in the last: minutes on 2 CPU cores."""
-    return TaskRunConfig(
-        name="rmt-memorize",
-        task=TaskPart(name="memorize"),
-        # at a rate that falls with the stages it learns to keep in the last of them only
-        training=TaskTrainingConfig(length_decay=0.0),
-    )
+    return TaskRunConfig(name="rmt-memorize", task=TaskPart(name="memorize"))
 
 
 def rmt_detect() -> TaskRunConfig:
