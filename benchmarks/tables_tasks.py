@@ -49,19 +49,19 @@ def flops_section() -> str:
     )
 
 
-def generalization_section() -> str | None:
-    result = read("generalization-memorize/memorize.json")
+def generalization_section(name: str, what: str) -> str | None:
+    result = read(f"{name}/memorize.json")
     if result is None:
         return None
-    folder = HERE / "results" / "generalization-memorize"
+    folder = HERE / "results" / name
     made = result["made_by"]
     versions = ", ".join(f"{name} {v}" for name, v in made["versions"].items())
     return "\n\n".join(
         [
-            "## Recurrent memory: every stage of memorize on every length",
+            f"## Recurrent memory: every stage of memorize on every length{what}",
             "The small encoder of the tables above after each stage of its curriculum (Bulatov et "
             "al. 2023, Figure 5, where each is a BERT with segments of 499 tokens).",
-            "![accuracy](results/generalization-memorize/memorize.png)",
+            f"![accuracy](results/{name}/memorize.png)",
             (folder / "memorize.md").read_text(encoding="utf-8").strip(),
             f"`{made['command']}` on {made['cores']} cores of {made['processor']}; {versions}.",
         ]
