@@ -5,9 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from byheart.ops import reference_search, search_cpu, search_head
+from byheart.ops import reference_search, search_cpu, search_float32, search_head
 from byheart.ops.search import Neighbours, check_shapes, check_top_k, recall, top_k_inner_product
-from byheart.ops.search_cpu import num_buckets, scan_top_k
+from byheart.ops.search_cpu import scan_top_k
+from byheart.ops.search_float32 import float32_top_k
+from byheart.ops.search_groups import num_buckets
 from byheart.ops.search_select import (
     EXCLUDED,
     GROUP,
@@ -19,6 +21,20 @@ from byheart.ops.search_select import (
 )
 
 BATCH, HEADS, KV_HEADS, QUERIES, ENTRIES, HEAD_DIM, TOP_K = 3, 10, 5, 7, 23, 11, 13
+
+
+# bytes of scores for which the searches of this file are large
+FEW_BYTES = 2**20
+
+
+@pytest.fixture(params=["default", "float32", "cut", "bfloat16"])
+def scan_dtype(request, monkeypatch):
+    """The way a large search goes: chosen for its size, or one of those it may choose."""
+    if request.param == "cut":
+        monkeypatch.setattr(search_head, "_CUT_MIN_ENTRIES", 0)
+        monkeypatch.setattr(search_head, "_CUT_MIN_QUERIES", 0)
+    kinds = {"default": None, "bfloat16": torch.bfloat16}
+    return kinds.get(request.param, torch.float32)
 
 
 def assert_scores_close(found, expected):
@@ -124,7 +140,6 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("scan_dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_searches_equal_the_full_product(kind, scan_dtype):
     keys, top_k = keys_of_kind(kind, 1013), 3
@@ -132,7 +147,9 @@ def test_large_searches_equal_the_full_product(kind, scan_dtype):
     valid = torch.ones(BATCH, 1013, dtype=torch.bool)
     valid[1, 911:] = False
     valid[2] = torch.rand(1013) < 0.5
-    found = top_k_inner_product(queries, keys, valid, top_k, scan_dtype=scan_dtype)
+    found = top_k_inner_product(
+        queries, keys, valid, top_k, max_bytes=FEW_BYTES, scan_dtype=scan_dtype
+    )
     assert_same(found, full_product(queries, keys, valid, top_k), queries, keys)
 
 
@@ -146,7 +163,6 @@ BIASES = {
 }
 
 
-@pytest.mark.parametrize("scan_dtype", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["normal", "clusters", "one hot cluster", "all equal", "tiny"])
 @pytest.mark.parametrize("bias_kind", BIASES)
 def test_large_searches_with_a_bias_equal_the_full_product(bias_kind, kind, scan_dtype):
@@ -158,17 +174,71 @@ def test_large_searches_with_a_bias_equal_the_full_product(bias_kind, kind, scan
     bias = torch.stack([BIASES[bias_kind](1013) for _ in range(BATCH)])
     expected = full_product(queries, keys, valid, top_k, bias)
     poisoned = bias.masked_fill(~valid, torch.nan)
-    found = top_k_inner_product(queries, keys, valid, top_k, bias=poisoned, scan_dtype=scan_dtype)
+    found = top_k_inner_product(
+        queries,
+        keys,
+        valid,
+        top_k,
+        bias=poisoned,
+        max_bytes=FEW_BYTES,
+        scan_dtype=scan_dtype,
+    )
     assert_same(found, expected, queries, keys, bias)
 
 
-def test_several_levels_of_groups_equal_the_full_product():
-    queries, keys = torch.randn(1, 1, 5, HEAD_DIM), torch.randn(1, 1, 20011, HEAD_DIM)
+def test_several_levels_of_groups_equal_the_full_product(scan_dtype):
+    queries, keys = torch.randn(1, 1, 67, HEAD_DIM), torch.randn(1, 1, 20011, HEAD_DIM)
     valid = torch.ones(1, 20011, dtype=torch.bool)
     expected = full_product(queries, keys, valid, TOP_K)
-    for scan_dtype in (torch.float32, torch.bfloat16):
-        found = top_k_inner_product(queries, keys, valid, TOP_K, scan_dtype=scan_dtype)
+    # one block of queries, blocks of 13 and one of 2, and one query at a time, in slabs
+    for max_bytes in (4 * 67 * 20480, 4 * 13 * 20480, 1):
+        found = top_k_inner_product(
+            queries, keys, valid, TOP_K, max_bytes=max_bytes, scan_dtype=scan_dtype
+        )
         assert_same(found, expected, queries, keys)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_above_the_cut_equal_the_full_product(kind):
+    # 3 * 8 buckets of 8 * 5 entries and more
+    for entries, top_k in ((1013, 3), (195, 3), (20011, 13)):
+        keys = keys_of_kind(kind, entries)[0, 0]
+        queries, bias = unit(torch.randn(67, HEAD_DIM)), torch.randn(entries)
+        for dtype in (torch.float32, torch.bfloat16):
+            scores = queries @ keys.to(dtype).float().t() + bias
+            found, slots = float32_top_k(
+                queries, keys.to(dtype), bias, top_k, 4 * 13 * entries, Buffers(keys.device)
+            )
+            assert_scores_close(found, scores.topk(top_k).values)
+            assert_scores_close(scores.gather(1, slots), found)
+            assert (slots.sort(dim=1).values.diff(dim=1) > 0).all()
+
+
+def test_a_score_that_is_not_a_number_makes_no_cut():
+    keys, queries = torch.randn(1013, HEAD_DIM), torch.randn(5, HEAD_DIM)
+    keys[7] = torch.nan
+    buffers = Buffers(keys.device)
+    found, slots = float32_top_k(queries, keys, None, 3, 2**20, buffers)
+    expected, columns = largest(queries @ keys.t(), 3, buffers)
+    assert_scores_close(found, expected)
+    assert torch.equal(slots, columns)
+
+
+def test_only_queries_with_many_equal_scores_are_searched_by_themselves(monkeypatch):
+    keys = torch.randn(1013, HEAD_DIM)
+    keys[::2], searched = keys[0], []
+    queries = torch.randn(67, HEAD_DIM)
+    queries[:5] = 20 * keys[0]
+    queries[5:] -= (queries[5:] @ keys[0])[:, None] * keys[0] / keys[0].square().sum()
+
+    def counted(scores, *arguments):
+        searched.append(len(scores))
+        return largest(scores, *arguments)
+
+    monkeypatch.setattr(search_float32, "largest", counted)
+    found, _ = float32_top_k(queries, keys, None, 3, 2**20, Buffers(keys.device))
+    assert_scores_close(found, (queries @ keys.t()).topk(3).values)
+    assert searched == [5]
 
 
 @given(

@@ -246,7 +246,7 @@ def top_k_inner_product(
             may hold NaN.
         top_k: Number of neighbours, at most the number of slots.
         bias: Added to the scores of each entry before the largest are chosen; finite where `valid`.
-        max_bytes: Bytes of scores held at a time; by default 8 MiB on CPU and 512 MiB on CUDA.
+        max_bytes: Bytes of scores held at a time; by default 16 MiB on CPU and 512 MiB on CUDA.
         scan_dtype: `torch.bfloat16` or `torch.float32` for the first pass on a CPU; by default the
             faster of the two for the size and the processor. On CUDA, `torch.float32` asks for a
             product without the kernels. The result is the same.

@@ -23,10 +23,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from byheart.ops.search_groups import ScanPlan, drop_crowded, plan_scan
 from byheart.ops.search_select import EXCLUDED, GROUP, Buffers, sort_packed, unpack
-
-# a level of group maxima wider than this is reduced once more before its hits are listed
-_LISTED_WIDTH = 2048
 
 # four int16 side by side in one int64 word: their sign bits
 _SIGN_BITS = -0x7FFF7FFF7FFF8000
@@ -42,18 +40,6 @@ _BIAS_COLUMNS = 2
 
 # survivors of a query, in units of top_k, above which it is given up as unproven; typical is 1.2
 _MAX_SURVIVORS = 4
-
-
-class _Plan(NamedTuple):
-    """How the columns of the scan are reduced: `GROUP ** levels * repeats * buckets` of them."""
-
-    levels: int
-    repeats: int
-    buckets: int
-
-    @property
-    def width(self) -> int:
-        return int(GROUP**self.levels * self.repeats * self.buckets)
 
 
 class _Bias(NamedTuple):
@@ -82,35 +68,6 @@ class _Queries(NamedTuple):
     codes: Float[Tensor, "query width"]
     shift: Float[Tensor, " query"]
     error: Float[Tensor, " query"]
-
-
-def num_buckets(top_k: int) -> int:
-    """Return the number of buckets whose maxima give the cut.
-
-    The `top_k`-th largest of `n` bucket maxima is exceeded by about `top_k * (1 + top_k / (2 * n))`
-    scores.
-
-    Args:
-        top_k: Neighbours per query.
-
-    Returns:
-        The least number of buckets; the scan needs `GROUP` entries for each.
-    """
-    # 512 is the widest row that NumPy partitions within vector registers
-    return max(2 * top_k, min(8 * top_k, 512))
-
-
-def _plan(num_entries: int, top_k: int) -> _Plan:
-    least = num_buckets(top_k)
-    levels = 1
-    while (
-        num_entries // GROUP**levels > _LISTED_WIDTH
-        and num_entries // GROUP ** (levels + 1) >= least
-    ):
-        levels += 1
-    repeats = max(1, num_entries // (GROUP**levels * least))
-    buckets = -(-num_entries // (GROUP**levels * repeats))
-    return _Plan(levels, repeats, -(-buckets // _LANES) * _LANES)
 
 
 def _norms(vectors_ND: Tensor) -> Float[Tensor, " entry"]:
@@ -174,7 +131,7 @@ def _prepare(queries_QD: Tensor, keys: _Codes) -> _Queries:
     return _Queries(queries_QD, codes_QD, shift_Q, bound_Q)
 
 
-def _scan(queries: _Queries, codes_ND: Tensor, plan: _Plan, buffers: Buffers) -> list[Tensor]:
+def _scan(queries: _Queries, codes_ND: Tensor, plan: ScanPlan, buffers: Buffers) -> list[Tensor]:
     """Return the scan scores as integer bits, then their group maxima, level by level."""
     num_queries, width = queries.codes.shape[0], plan.width
     scores_QN = buffers.take("scan", (num_queries, width), torch.bfloat16)
@@ -188,7 +145,9 @@ def _scan(queries: _Queries, codes_ND: Tensor, plan: _Plan, buffers: Buffers) ->
     return levels
 
 
-def _cut(coarsest_QG: Tensor, plan: _Plan, top_k: int, queries: _Queries) -> tuple[Tensor, Tensor]:
+def _cut(
+    coarsest_QG: Tensor, plan: ScanPlan, top_k: int, queries: _Queries
+) -> tuple[Tensor, Tensor]:
     """Return the scan score below which entries are discarded, and its integer bits."""
     maxima_QB = coarsest_QG.view(-1, plan.repeats, plan.buckets).amax(1)
     maxima_QB.numpy().partition(plan.buckets - top_k, axis=1)
@@ -218,23 +177,6 @@ def _hits(coarsest_QG: Tensor, bits_Q: Tensor) -> tuple[Tensor, Tensor]:
     )
     query_ids = flat // width
     return query_ids, flat - query_ids * width
-
-
-def _limit(
-    query_ids: Tensor, columns: Tensor, num_queries: int, limit: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Drop all hits of queries that have more than `limit`.
-
-    Returns:
-        The queries and columns kept, and how many each query keeps.
-    """
-    counts_Q = torch.bincount(query_ids, minlength=num_queries)
-    too_many_Q = counts_Q > limit
-    if too_many_Q.any():
-        kept = ~too_many_Q.index_select(0, query_ids)
-        query_ids, columns = query_ids[kept], columns[kept]
-        counts_Q = counts_Q.masked_fill(too_many_Q, 0)
-    return query_ids, columns, counts_Q
 
 
 def _descend(
@@ -271,7 +213,7 @@ def _score_survivors(
 
 
 def _search_block(
-    queries: _Queries, keys_ND: Tensor, codes: _Codes, plan: _Plan, top_k: int, buffers: Buffers
+    queries: _Queries, keys_ND: Tensor, codes: _Codes, plan: ScanPlan, top_k: int, buffers: Buffers
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_queries = queries.values.shape[0]
     levels = _scan(queries, codes.codes, plan, buffers)
@@ -283,9 +225,9 @@ def _search_block(
     hits = _hits(levels[-1], bits_Q)
     for fine, coarse in zip(levels[-2::-1], levels[:0:-1], strict=True):
         if hits[0].numel() > limit * num_queries // 2:
-            hits = _limit(*hits, num_queries, limit)[:2]
+            hits = drop_crowded(*hits, num_queries, limit)[:2]
         hits = _descend(fine, hits, coarse.shape[1], bits_Q, buffers)
-    query_ids, slots, counts_Q = _limit(*hits, num_queries, limit)
+    query_ids, slots, counts_Q = drop_crowded(*hits, num_queries, limit)
 
     width = max(int(counts_Q.max()), top_k)
     table_QC = buffers.take("table", (num_queries, width), torch.int64).zero_()
@@ -326,7 +268,7 @@ def scan_top_k(
         the other rows is unspecified.
     """
     num_queries = queries_QD.shape[0]
-    plan = _plan(keys_ND.shape[0], top_k)
+    plan = plan_scan(keys_ND.shape[0], top_k, _LANES)
     codes = _encode(keys_ND, bias_N, plan.width, buffers)
     queries = _prepare(queries_QD, codes)
     scores_QK = torch.empty(num_queries, top_k)

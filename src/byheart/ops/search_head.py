@@ -7,16 +7,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from byheart.ops.processor import multiplies_bfloat16
-from byheart.ops.search_cpu import num_buckets, scan_top_k
+from byheart.ops.search_cpu import scan_top_k
+from byheart.ops.search_float32 import SCORE_BYTES, float32_top_k
+from byheart.ops.search_groups import num_buckets
 from byheart.ops.search_select import GROUP, Buffers, product_top_k, sort_packed, unpack
 
 # below these sizes the float32 product is as fast as the bfloat16 scan, whose cost per key (the
 # rounding) and per call of a PyTorch operation does not shrink with the queries
 _SCAN_MIN_ENTRIES = 8192
 _SCAN_MIN_QUERIES = 128
-# a block of queries reads the bfloat16 keys of a slab; with fewer at once that takes longer than
-# the product
-_SCAN_BLOCK_QUERIES = 64
+# below these, the product in which neighbours are queries first is as fast (AVX2, 2 cores)
+_CUT_MIN_ENTRIES = 16384
+_CUT_MIN_QUERIES = 4
+# a block of queries reads the keys of a slab; with fewer at once that takes longer than the product
+_BLOCK_QUERIES = 64
 
 
 def _uses_scan(
@@ -31,6 +35,11 @@ def _uses_scan(
     return multiplies_bfloat16(torch.device("cpu"))
 
 
+def _uses_cut(num_queries: int, num_entries: int, top_k: int) -> bool:
+    least = max(_CUT_MIN_ENTRIES, GROUP * num_buckets(top_k))
+    return num_queries >= _CUT_MIN_QUERIES and num_entries >= least
+
+
 def _search_slab(
     queries_QD: Tensor,
     keys_ND: Tensor,
@@ -41,6 +50,8 @@ def _search_slab(
     buffers: Buffers,
 ) -> tuple[Tensor, Tensor]:
     def product(queries_QD: Tensor) -> tuple[Tensor, Tensor]:
+        if _uses_cut(queries_QD.shape[0], keys_ND.shape[0], top_k):
+            return float32_top_k(queries_QD, keys_ND, bias_N, top_k, max_bytes, buffers)
         bias_PN = None if bias_N is None else bias_N[None]
         scores, slots = product_top_k(
             queries_QD[None], keys_ND[None], None, top_k, max_bytes, buffers, bias_PN
@@ -50,7 +61,7 @@ def _search_slab(
     if not _uses_scan(queries_QD.shape[0], keys_ND.shape[0], top_k, scan_dtype):
         return product(queries_QD)
     scores_QK, slots_QK, proven_Q = scan_top_k(
-        queries_QD, keys_ND, top_k, max_bytes, buffers, bias_N
+        queries_QD, keys_ND, top_k, max_bytes // 2, buffers, bias_N
     )
     if not proven_Q.all():
         rest = (~proven_Q).nonzero().squeeze(1)
@@ -83,9 +94,12 @@ def search_head(
     """
     num_queries, num_entries = queries_QD.shape[0], keys_ND.shape[0]
     limits = (top_k, max_bytes, scan_dtype, buffers)
-    fitting = max_bytes // (2 * min(max(1, num_queries), _SCAN_BLOCK_QUERIES))
+    fitting = max_bytes // (SCORE_BYTES * min(max(1, num_queries), _BLOCK_QUERIES))
     num_slabs = num_entries // max(fitting, GROUP * num_buckets(top_k))
-    if num_slabs < 2 or not _uses_scan(num_queries, num_entries, top_k, scan_dtype):
+    in_slabs = _uses_scan(num_queries, num_entries, top_k, scan_dtype) or _uses_cut(
+        num_queries, num_entries, top_k
+    )
+    if num_slabs < 2 or not in_slabs:
         return _search_slab(queries_QD, keys_ND, bias_N, *limits)  # cuts a product by itself
     # of equal size, so that each holds `top_k` entries
     edges = [num_entries * index // num_slabs for index in range(num_slabs + 1)]

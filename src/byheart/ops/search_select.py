@@ -27,10 +27,10 @@ _SORTED_WIDTH = 256
 
 _LOW_WORD = 0xFFFFFFFF
 
-# Scores held at a time. On a CPU a quarter of the last-level cache of a common group of cores:
-# scores are selected from while they are still in it (4 and 16 MiB were up to a tenth slower). On a
-# GPU enough to fill it, and small beside its memory.
-_MAX_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+# Float32 scores held at a time. On a CPU half of the last-level cache of a common group of cores:
+# scores are selected from while they are still in it (8 and 32 MiB were up to a tenth slower, as
+# were 8 and 32 MiB of bfloat16 scores). On a GPU enough to fill it, and small beside its memory.
+_MAX_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
 # Buffers of up to this size outlive a search: twice what a search of ordinary size takes.
@@ -107,8 +107,12 @@ def buffers_on(device: torch.device) -> Iterator[Buffers]:
         _kept.buffers = buffers
 
 
-def _ordered_bits(bits: Tensor, out: Tensor) -> Tensor:
+def ordered_bits(bits: Int[Tensor, "*shape"], out: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     """Map the bits of float32 numbers to integers of the same order, and back.
+
+    Args:
+        bits: In int32.
+        out: Takes the result.
 
     Returns:
         `out`.
@@ -138,7 +142,7 @@ def sort_packed(
         The selection as 64-bit words: the ordered bits of the score, then the slot.
     """
     shape = (scores_RN.shape[0], scores_RN.shape[1])
-    bits_RN = _ordered_bits(
+    bits_RN = ordered_bits(
         scores_RN.view(torch.int32), buffers.take("pack.bits", shape, torch.int32)
     )
     packed_RN = buffers.take("pack.words", shape, torch.int64)
@@ -165,7 +169,7 @@ def unpack(
         Scores and slots.
     """
     bits_RK = (packed_RK >> 32).to(torch.int32)
-    scores_RK = _ordered_bits(bits_RK, torch.empty_like(bits_RK)).view(torch.float32)
+    scores_RK = ordered_bits(bits_RK, torch.empty_like(bits_RK)).view(torch.float32)
     return scores_RK, packed_RK & _LOW_WORD
 
 
