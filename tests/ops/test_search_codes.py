@@ -5,16 +5,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from byheart.ops import reference_search, search_codes
-from byheart.ops.key_codes import BLOCK, encode_blocks, multiplies_codes, new_codes
+from byheart.ops import code_scan, key_codes, reference_search, search_codes
+from byheart.ops.key_codes import BLOCK, encode_blocks, new_codes
 from byheart.ops.search import top_k_inner_product
 from byheart.ops.search_codes import codes_top_k
 from byheart.ops.search_select import EXCLUDED
 
-pytestmark = pytest.mark.skipif(not multiplies_codes(), reason="needs 8-bit products")
-
 BATCH, HEADS, KV_HEADS, QUERIES, ENTRIES, HEAD_DIM, TOP_K = 3, 10, 5, 2, 1013, 11, 7
 USED = torch.tensor([ENTRIES, 911, 5])
+
+
+@pytest.fixture(
+    autouse=True,
+    params=[key_codes.INTEGER_PRODUCT, key_codes.BFLOAT16_PRODUCT],
+    ids=["integers", "bfloat16"],
+)
+def product(request, monkeypatch):
+    """Search with a product that is right here, whether or not it is fast."""
+    if not key_codes.is_right(request.param):
+        pytest.skip("this product is not right here")
+    monkeypatch.setattr(search_codes, "code_product", lambda: request.param)
+    return request.param
 
 
 class TableBias:
@@ -120,7 +131,7 @@ BIASES = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_full_product(kind, bias_kind, monkeypatch):
     # several slabs, so that some are skipped
-    monkeypatch.setattr(search_codes, "_SLAB", 2)
+    monkeypatch.setattr(code_scan, "SLAB", 2)
     keys, bias = keys_of_kind(kind), BIASES[bias_kind]()
     queries = unit(torch.randn(BATCH, HEADS, QUERIES, HEAD_DIM))
     table = None if bias is None else TableBias(bias)
@@ -159,7 +170,7 @@ def test_any_sizes_equal_the_full_product(
     used = torch.randint(entries + 1, (1,), generator=generator)
     bias = torch.randn(1, entries, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_codes, "_SLAB", slab)
+        patch.setattr(code_scan, "SLAB", slab)
         patch.setattr(search_codes, "_MAX_SURVIVORS", survivors)
         patch.setattr(search_codes, "_SCORE_BYTES", 4 * BLOCK * 7)
         found = codes_top_k(
@@ -200,7 +211,7 @@ def test_stale_entries_behind_the_used_ones_raise_no_cut():
 
 
 def test_old_slabs_are_not_read_where_age_has_put_them_below_the_cut(monkeypatch):
-    monkeypatch.setattr(search_codes, "_SLAB", 2)
+    monkeypatch.setattr(code_scan, "SLAB", 2)
     keys = unit(torch.randn(1, 1, 20 * BLOCK, HEAD_DIM))
     used, bias = torch.tensor([20 * BLOCK]), -3 * torch.arange(20 * BLOCK, 0, -1.0).log()[None]
     codes = encoded(keys, used)
@@ -209,36 +220,32 @@ def test_old_slabs_are_not_read_where_age_has_put_them_below_the_cut(monkeypatch
     query = unit(torch.randn(1, 1, 1, HEAD_DIM))
     found = codes_top_k(query, keys, codes, used, 3, TableBias(bias))
     assert_exact(query, keys, found, used, bias)
-    scanned = []
-    product = torch._int_mm
-    monkeypatch.setattr(
-        torch, "_int_mm", lambda a, b, out: scanned.append(b.shape[1]) or product(a, b, out=out)
-    )
+    read, _ = spy_on_products(monkeypatch)
     codes_top_k(query, keys, codes, used, 3, TableBias(bias))
-    assert sum(scanned) == 4 * BLOCK
+    assert sum(read) == 4 * BLOCK
 
 
 def spy_on_products(monkeypatch):
-    """Count the codes that are read, and list how many heads and queries share a product."""
+    """Count the codes that queries read, and list how many heads and queries share a product."""
     read, products = [], []
-    multiply, product = search_codes.multiply_codes, search_codes.product_top_k
+    multiply, product = code_scan.multiply_codes, search_codes.product_top_k
 
-    def spy(query, keys, out):
-        read.append(len(keys))
-        return multiply(query, keys, out)
+    def spy(queries, keys, out):
+        read.append(len(queries) * len(keys))
+        return multiply(queries, keys, out)
 
     def spy_on_product(queries, *arguments):
         products.append(tuple(queries.shape[:2]))
         return product(queries, *arguments)
 
-    monkeypatch.setattr(search_codes, "multiply_codes", spy)
+    monkeypatch.setattr(code_scan, "multiply_codes", spy)
     monkeypatch.setattr(search_codes, "product_top_k", spy_on_product)
     return read, products
 
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_codes_that_discard_too_little_are_given_up_after_the_first_slabs(biased, monkeypatch):
-    monkeypatch.setattr(search_codes, "_SLAB", 2)
+    monkeypatch.setattr(code_scan, "SLAB", 2)
     entries = 40 * BLOCK
     keys = unit(torch.randn(BATCH, KV_HEADS, entries, HEAD_DIM))
     # every fourth entry is nearly the same, and asked for
@@ -258,7 +265,7 @@ def test_codes_that_discard_too_little_are_given_up_after_the_first_slabs(biased
 
 
 def test_a_head_that_codes_do_not_help_costs_the_others_nothing(monkeypatch):
-    monkeypatch.setattr(search_codes, "_SLAB", 2)
+    monkeypatch.setattr(code_scan, "SLAB", 2)
     entries, row, head = 40 * BLOCK, 1, 3
     keys = unit(torch.randn(BATCH, KV_HEADS, entries, HEAD_DIM))
     keys[row, head, 1:] = unit(keys[row, head, :1] + 1e-4 * keys[row, head, 1:])
@@ -275,9 +282,42 @@ def test_a_head_that_codes_do_not_help_costs_the_others_nothing(monkeypatch):
 
 
 def test_ordinary_keys_need_no_product(monkeypatch):
-    monkeypatch.setattr(search_codes, "_SLAB", 16)
+    monkeypatch.setattr(code_scan, "SLAB", 16)
     entries = 64 * BLOCK
     keys, used = unit(torch.randn(BATCH, KV_HEADS, entries, 31)), torch.full((BATCH,), entries)
     _, products = spy_on_products(monkeypatch)
     codes_top_k(unit(torch.randn(BATCH, HEADS, 1, 31)), keys, encoded(keys, used), used, 3)
     assert not products
+
+
+def test_scores_that_the_product_rounds_alike_are_told_apart(monkeypatch):
+    monkeypatch.setattr(search_codes, "_MAX_SURVIVORS", 10**6)
+    # codes and queries are exact; what is left is the rounding of their products, by up to 512,
+    # which keeps their order within a block, and not where each block has a scale of its own
+    entries, head_dim, top_k = 20 * BLOCK, 16, 7
+    keys = 100.0 + torch.randint(-3, 4, (1, 4, entries, head_dim))
+    keys[..., 0] = 127
+    keys *= 1 + 0.01 * torch.rand(20).repeat_interleave(BLOCK)[:, None]
+    queries = torch.full((1, 4, 1, head_dim), 127.0)
+    queries[..., 0] = 0
+    used = torch.tensor([entries])
+    codes = encoded(keys, used, torch.zeros(1, 4, head_dim))
+    assert_exact(queries, keys, codes_top_k(queries, keys, codes, used, top_k), used)
+
+
+def test_queries_of_a_head_may_need_different_slabs(monkeypatch):
+    monkeypatch.setattr(code_scan, "SLAB", 2)
+    # however many entries may be left
+    monkeypatch.setattr(search_codes, "_MAX_SURVIVORS", 10**6)
+    entries, head_dim = 12 * BLOCK, 16
+    keys = unit(torch.randn(1, 1, entries, head_dim))
+    # the first slabs that are read hold these: they settle the search, or help nothing
+    keys[:, :, : 4 * BLOCK] *= 0.01
+    keys[:, :, : 4 * BLOCK, 0] = 50
+    queries = unit(torch.randn(1, 1, 5, head_dim))
+    queries[..., 0] = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0])
+    used, read = torch.tensor([entries]), spy_on_products(monkeypatch)[0]
+    codes = encoded(keys, used, torch.zeros(1, 1, head_dim))
+    found = codes_top_k(queries, keys, codes, used, 3)
+    assert_exact(queries, keys, found, used)
+    assert sum(read) == 5 * 4 * BLOCK + 3 * 8 * BLOCK

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from byheart.ops.key_codes import BLOCK, KeyCodes, encode_blocks, multiplies_codes, new_codes
+from byheart.ops.key_codes import BLOCK, KeyCodes, code_product, encode_blocks, new_codes
 
 # below this the float32 product of one query is about as fast: codes have more fixed work
 _MIN_ENTRIES = 32_768
@@ -147,7 +147,7 @@ def are_worth_it(queries: Tensor, keys: Tensor, num_used: Int[Tensor, " batch"])
         num_used: Slots of each row that hold an entry.
 
     Returns:
-        Whether there are many entries, few queries, and a processor that multiplies 8-bit integers.
+        Whether there are many entries, few queries, and a processor that multiplies codes fast.
     """
     if not keys.is_cpu or not queries.is_cpu or torch.compiler.is_compiling():
         return False
@@ -155,4 +155,4 @@ def are_worth_it(queries: Tensor, keys: Tensor, num_used: Int[Tensor, " batch"])
         return False
     if queries.shape[1] * queries.shape[2] > _MAX_QUERIES * keys.shape[1]:
         return False
-    return multiplies_codes() and bool((num_used >= _MIN_ENTRIES).any())
+    return code_product() is not None and bool((num_used >= _MIN_ENTRIES).any())

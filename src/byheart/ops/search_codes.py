@@ -1,9 +1,8 @@
 """Exact top-k for a few queries on the CPU: 8-bit codes of the keys, bounds, float32 scores.
 
 A search for one query reads every key once, so its time is the time to read them. Codes
-(`byheart.ops.key_codes`) have a quarter of the bytes of float32 keys, and an inner product of codes
-is exact in int32. The query is rounded to a code as well, and by Cauchy and Schwarz the lengths
-that each block of slots keeps bound how far the score of any entry can be from that of its code.
+(`byheart.ops.key_codes`) have a quarter of the bytes of float32 keys, and bounds say how far the
+score of any entry can be from that of its code (`byheart.ops.code_scan`).
 
 The `top_k`-th largest of the blocks' lower bounds is reached by at least `top_k` entries, so an
 entry whose upper bound lies below it is not among the `top_k` largest. What is left, usually a few
@@ -13,14 +12,14 @@ with the age of entries, the newest are scored first, and old blocks that it has
 are not read at all.
 """
 
-import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from byheart.ops.key_codes import BLOCK, LARGEST_CODE, UNDERFLOW, KeyCodes, multiply_codes
+from byheart.ops.code_scan import CodeScan, Problems
+from byheart.ops.key_codes import BLOCK, KeyCodes, code_product
 from byheart.ops.search import Neighbours
 from byheart.ops.search_select import (
     EXCLUDED,
@@ -31,14 +30,10 @@ from byheart.ops.search_select import (
     product_top_k,
 )
 
-# blocks whose products share one call, and are skipped together: the scores stay in the cache
-# until they are reduced, and half as many take a tenth longer
-_SLAB = 512
-
 # slabs that are scanned before it is known which of the others can matter
 _FIRST_SLABS = 2
 
-# bytes of int32 scores held at a time; a buffer beyond what is kept between searches costs more
+# bytes of scores held at a time; a buffer beyond what is kept between searches costs more
 # than its use
 _SCORE_BYTES = 32 << 20
 
@@ -71,195 +66,67 @@ class EntryBias(Protocol):
         """Return the bias of every slot."""
 
 
-class _Problems(NamedTuple):
-    """Queries against the keys of their own row and head, a range of all of them."""
-
-    queries: Float[Tensor, "problem head_dim"]
-    pair_ids: Int[Tensor, " problem"]
-    """Row and key-value head as one number."""
-    row_ids: Int[Tensor, " problem"]
-    num_used: Int[Tensor, " problem"]
-
-
-class _Bounds(NamedTuple):
-    """What is known about the blocks of each problem before their codes are scored."""
-
-    factors: Float[Tensor, "problem block"]
-    """What one unit of the integer scores is worth."""
-    low: Float[Tensor, "problem block"]
-    """Added to the worth of the largest integer score: what at least one entry reaches."""
-    high: Float[Tensor, "problem block"]
-    """Added to the worth of an integer score: what no entry that has it exceeds."""
-    most: Float[Tensor, "problem block"]
-    """What no entry of the block exceeds; minus infinity for a block that is not in use."""
-
-
-class _Scan:
-    """Integer scores of the slabs that were wanted so far."""
-
-    def __init__(self, codes: KeyCodes, problems: _Problems, buffers: Buffers) -> None:
-        num_problems, num_blocks = len(problems.queries), codes.scales.shape[2]
-        self.scores_PBS = buffers.take(
-            "codes.scores", (num_problems, num_blocks, BLOCK), torch.int32
-        )
-        self.best_PB = torch.zeros(num_problems, num_blocks, dtype=torch.int32)
-        self.done_PB = torch.zeros(num_problems, num_blocks, dtype=torch.bool)
-        scales_P1 = problems.queries.abs().amax(1, keepdim=True) / LARGEST_CODE
-        self.scales_P1 = scales_P1.clamp_(min=UNDERFLOW)
-        self.rounded_PD = (problems.queries / self.scales_P1).round_()
-        self._codes_P1D = self.rounded_PD.to(torch.int8).unsqueeze(1)
-        self._keys_RND = codes.codes.flatten(0, 1).flatten(1, 2)
-        self._pairs, self._used = problems.pair_ids.tolist(), problems.num_used.tolist()
-
-    def run(self, wanted_PS: Bool[Tensor, "problem slab"]) -> None:
-        """Score the codes in slabs that have not been scored yet."""
-        for problem, slab in wanted_PS.nonzero().tolist():
-            used = self._used[problem]
-            blocks = slice(slab * _SLAB, min((slab + 1) * _SLAB, -(-used // BLOCK)))
-            slots = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
-            keys_ND = self._keys_RND[self._pairs[problem], slots]
-            scores_BS = self.scores_PBS[problem, blocks]
-            multiply_codes(self._codes_P1D[problem], keys_ND, scores_BS.view(1, -1))
-            if used < slots.stop:
-                # what these slots held before must not stand for the block
-                scores_BS.view(-1)[used - slots.stop :] = torch.iinfo(torch.int32).min
-            torch.amax(scores_BS, dim=1, out=self.best_PB[problem, blocks])
-            self.done_PB[problem, blocks] = True
-
-    def cut(self, bounds: _Bounds, top_k: int) -> Float[Tensor, " problem"]:
-        """Return a score that at least `top_k` scored entries reach."""
-        if bounds.low.shape[1] < top_k:
-            return torch.full((len(self.done_PB),), -math.inf)
-        lower_PB = (self.best_PB * bounds.factors).add_(bounds.low)
-        lower_PB.masked_fill_(~self.done_PB, -math.inf)
-        return lower_PB.topk(top_k, dim=1, sorted=False).values.amin(1)
-
-
-def _bounds(
-    codes: KeyCodes, problems: _Problems, bias: tuple[Tensor, Tensor] | None, scan: _Scan
-) -> _Bounds:
-    queries_PD = problems.queries
-    scales, lengths, norms, errors, centers = (
-        side.flatten(0, 1)[problems.pair_ids] for side in codes[1:]
-    )
-    meant_PD = scan.rounded_PD * scan.scales_P1
-    length_P1, rest_P1, meant_P1 = map(_lengths, (queries_PD, queries_PD - meant_PD, meant_PD))
-    shift_P1 = (queries_PD * centers).sum(1, keepdim=True)
-    # Cauchy and Schwarz on q.k - q'.k' = (q - q').k + q'.(k - k')
-    errors_PB = (rest_P1 * norms).addcmul_(meant_P1, errors)
-    # float32 sums, here and in the scores they are compared with: each wrong by at most head_dim *
-    # 2**-24 times the product of the lengths
-    size_P1 = length_P1 * (norms.amax(1, keepdim=True) + _lengths(centers))
-    low_PB = high_PB = torch.zeros(())
-    if bias is not None:
-        low_PB, high_PB = (side[problems.row_ids] for side in bias)
-        size_P1 = size_P1 + torch.maximum(low_PB.abs(), high_PB.abs()).amax(1, keepdim=True)
-    slack_P1 = size_P1 * (queries_PD.shape[1] + 8) * 2.0**-22
-    errors_PB += slack_P1
-    most_PB = torch.minimum(shift_P1 + length_P1 * norms, length_P1 * lengths) + slack_P1 + high_PB
-    most_PB = torch.where(torch.isfinite(errors_PB), most_PB, math.inf)
-    unused_PB = torch.arange(most_PB.shape[1]) * BLOCK >= problems.num_used[:, None]
-    return _Bounds(
-        factors=scales * scan.scales_P1,
-        low=shift_P1 - errors_PB + low_PB,
-        high=shift_P1 + errors_PB + high_PB,
-        most=most_PB.masked_fill_(unused_PB, -math.inf),
-    )
-
-
-def _lengths(vectors_PD: Tensor) -> Float[Tensor, "problem 1"]:
-    lengths: Tensor = torch.linalg.vector_norm(vectors_PD, dim=1, keepdim=True)
-    return lengths + math.sqrt(vectors_PD.shape[1]) * UNDERFLOW
-
-
-def _reached(scan: _Scan, bounds: _Bounds, cut_P: Tensor) -> Bool[Tensor, "problem block"]:
-    # written so that a bound that is not a number discards nothing
-    reached_PB = ~((scan.best_PB * bounds.factors).add_(bounds.high) < cut_P[:, None])
-    return reached_PB.logical_and_(scan.done_PB)
-
-
-def _members(
-    scan: _Scan, bounds: _Bounds, problems: _Problems, cut_P: Tensor, blocks_PB: Tensor
-) -> tuple[Tensor, Tensor]:
-    """List the entries of some blocks that may be among the `top_k` largest.
-
-    Returns:
-        Their problems, ascending, and slots.
-    """
-    num_blocks = blocks_PB.shape[1]
-    hits = blocks_PB.view(-1).nonzero().squeeze(1)
-    problem_H = hits // num_blocks
-    values_HS = scan.scores_PBS.flatten(0, 1)[hits].float()
-    values_HS.mul_(bounds.factors.view(-1)[hits][:, None])
-    values_HS += bounds.high.view(-1)[hits][:, None]
-    members = (~(values_HS < cut_P[problem_H][:, None])).view(-1).nonzero().squeeze(1)
-    parents = members // BLOCK
-    problem_ids = problem_H[parents]
-    slots = (hits[parents] - problem_ids * num_blocks) * BLOCK + members % BLOCK
-    present = slots < problems.num_used[problem_ids]
-    return problem_ids[present], slots[present]
-
-
 def _estimate(
-    scan: _Scan, bounds: _Bounds, problems: _Problems, cut_P: Tensor
+    scan: CodeScan, hits: Int[Tensor, " hit"], cut_P: Float[Tensor, " problem"]
 ) -> Float[Tensor, " problem"]:
-    """Take a sample of the scored blocks.
+    """Take a sample of the blocks that may hold one of the `top_k` largest.
 
     Returns:
-        About how many of the scored entries may be among the `top_k` largest.
+        About how many of their entries may be.
     """
-    reached_PB = _reached(scan, bounds, cut_P)
-    ranks_PB = reached_PB.cumsum(1)
-    counts_P = ranks_PB[:, -1]
+    num_problems, num_blocks = scan.bounds.low.shape
+    problem_H = hits // num_blocks
+    counts_P = torch.bincount(problem_H, minlength=num_problems)
+    ranks_H = torch.arange(len(hits)) - (counts_P.cumsum(0) - counts_P)[problem_H]
     steps_P = (counts_P // _SAMPLED_BLOCKS).clamp_(min=1)
-    sample_PB = reached_PB & (ranks_PB % steps_P[:, None] == 0)
-    problem_ids = _members(scan, bounds, problems, cut_P, sample_PB)[0]
-    found_P = torch.bincount(problem_ids, minlength=len(cut_P))
-    return found_P * counts_P / sample_PB.sum(1).clamp_(min=1)
+    sampled_H = ranks_H % steps_P[problem_H] == 0
+    problem_ids = scan.members(hits[sampled_H], cut_P)[0]
+    found_P = torch.bincount(problem_ids, minlength=num_problems)
+    sampled_P = torch.bincount(problem_H[sampled_H], minlength=num_problems)
+    return found_P * counts_P / sampled_P.clamp_(min=1)
 
 
 def _scan_what_matters(
-    scan: _Scan, bounds: _Bounds, problems: _Problems, top_k: int, limit_P: Tensor
-) -> tuple[Float[Tensor, " problem"], Bool[Tensor, " problem"]]:
+    scan: CodeScan, top_k: int, limit_P: Tensor
+) -> tuple[Float[Tensor, " problem"], Int[Tensor, " hit"], Bool[Tensor, " problem"]]:
     """Score slabs, those with the largest bounds first, until no other can matter.
 
     Returns:
-        A score that the `top_k` largest of each problem reach; and the problems with more than
-        `limit_P` entries left, as far as a sample says, not all of whose slabs are scored.
+        A score that the `top_k` largest of each problem reach; the blocks that may hold one of
+        them; and the problems with more than `limit_P` entries left, as far as a sample says, not
+        all of whose slabs are scored.
     """
-    num_problems, num_blocks = bounds.most.shape
-    num_slabs = -(-num_blocks // _SLAB)
-    padded = bounds.most.new_full((num_problems, num_slabs * _SLAB), -math.inf)
-    padded[:, :num_blocks] = bounds.most
-    slabs_PS = padded.view(num_problems, num_slabs, _SLAB).amax(2)
-    used_PS, first_PS = slabs_PS > -math.inf, torch.zeros_like(slabs_PS, dtype=torch.bool)
-    first_PS.scatter_(1, slabs_PS.topk(min(_FIRST_SLABS, num_slabs), dim=1).indices, True)
+    most_PS = scan.bounds.most
+    num_problems, num_slabs = most_PS.shape
+    used_PS, first_PS = most_PS > -torch.inf, torch.zeros_like(most_PS, dtype=torch.bool)
+    first_PS.scatter_(1, most_PS.topk(min(_FIRST_SLABS, num_slabs), dim=1).indices, True)
     scan.run(first_PS & used_PS)
-    cut_P = scan.cut(bounds, top_k)
-    hopeless_P = torch.zeros(num_problems, dtype=torch.bool)
+    cut_P, hopeless_P = scan.cut(top_k), torch.zeros(num_problems, dtype=torch.bool)
+    hits = scan.reached(cut_P)
+    left_P = _estimate(scan, hits, cut_P)
     if num_slabs > _FIRST_SLABS:
-        wanted_PS = used_PS & ~first_PS & ~(slabs_PS < cut_P[:, None])
-        scored_P = scan.done_PB.sum(1).clamp_(min=1)
-        share_P = _estimate(scan, bounds, problems, cut_P) / (scored_P * BLOCK)
-        unread_P = (wanted_PS.sum(1) * (_SLAB * BLOCK)).clamp(max=problems.num_used)
-        hopeless_P = share_P * unread_P > _EARLY * limit_P
+        wanted_PS = used_PS & ~first_PS & ~(most_PS < cut_P[:, None])
+        share_P = left_P / (scan.num_scored.clamp_(min=1) * BLOCK)
+        hopeless_P = share_P * scan.num_entries(wanted_PS) > _EARLY * limit_P
         scan.run(wanted_PS & ~hopeless_P[:, None])
-        cut_P = scan.cut(bounds, top_k)
-    return cut_P, hopeless_P | (_estimate(scan, bounds, problems, cut_P) > limit_P)
+        cut_P = scan.cut(top_k)
+        hits = scan.reached(cut_P)
+        left_P = _estimate(scan, hits, cut_P)
+    return cut_P, hits, hopeless_P | (left_P > limit_P)
 
 
 def _survivors(
-    scan: _Scan, bounds: _Bounds, problems: _Problems, top_k: int
+    scan: CodeScan, num_used: Int[Tensor, " problem"], top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """List the entries that may be among the `top_k` largest.
 
     Returns:
         Their problems, ascending, their slots, and the problems with too many, which are left out.
     """
-    limit_P = (problems.num_used // _MAX_SHARE).clamp_(min=_MAX_SURVIVORS * top_k)
-    cut_P, hopeless_P = _scan_what_matters(scan, bounds, problems, top_k, limit_P)
-    blocks_PB = _reached(scan, bounds, cut_P) & ~hopeless_P[:, None]
-    problem_ids, slots = _members(scan, bounds, problems, cut_P, blocks_PB)
+    limit_P = (num_used // _MAX_SHARE).clamp_(min=_MAX_SURVIVORS * top_k)
+    cut_P, hits, hopeless_P = _scan_what_matters(scan, top_k, limit_P)
+    hopeful_H = ~hopeless_P[hits // scan.bounds.low.shape[1]]
+    problem_ids, slots = scan.members(hits[hopeful_H], cut_P)
     # what the sample did not show
     hopeless_P |= torch.bincount(problem_ids, minlength=len(hopeless_P)) > limit_P
     kept = ~hopeless_P[problem_ids]
@@ -267,7 +134,7 @@ def _survivors(
 
 
 def _search_problems(
-    problems: _Problems,
+    problems: Problems,
     keys_BGND: Tensor,
     codes: KeyCodes,
     top_k: int,
@@ -280,10 +147,11 @@ def _search_problems(
         Scores, slots, and the problems that are left to a float32 product.
     """
     num_problems, num_slots = len(problems.queries), keys_BGND.shape[2]
-    scan = _Scan(codes, problems, buffers)
+    product = code_product()
+    assert product is not None
     ranges = None if bias is None else bias.of_blocks(BLOCK)
-    bounds = _bounds(codes, problems, ranges, scan)
-    problem_ids, slots, hopeless_P = _survivors(scan, bounds, problems, top_k)
+    scan = CodeScan(codes, problems, product, ranges, buffers)
+    problem_ids, slots, hopeless_P = _survivors(scan, problems.num_used, top_k)
     counts_P = torch.bincount(problem_ids, minlength=num_problems)
     width = max(int(counts_P.max()), top_k)
     rows = problems.pair_ids[problem_ids] * num_slots + slots
@@ -302,7 +170,7 @@ def _search_problems(
 
 
 def _search_by_product(
-    problems: _Problems,
+    problems: Problems,
     rest: Int[Tensor, " rest"],
     keys_BGND: Tensor,
     found: tuple[Tensor, Tensor],
@@ -357,7 +225,7 @@ def codes_top_k(
 
     Args:
         queries: Finite queries.
-        keys: All slots of the memory, used or not, of at least two numbers each.
+        keys: All slots of the memory, used or not.
         codes: Codes of these keys, at least in the blocks that are in use.
         num_used: Slots that hold an entry, the first so many of each row.
         top_k: Number of neighbours, at most the number of slots.
@@ -367,13 +235,12 @@ def codes_top_k(
         Scores, slots and validity.
     """
     batch, heads, num_queries, head_dim = queries.shape
-    assert head_dim > 1
     shape = (batch, heads, num_queries, top_k)
     num_problems = batch * heads * num_queries
     pair_ids = torch.arange(num_problems) // (num_problems // (batch * keys.shape[1]))
     row_ids = pair_ids // keys.shape[1]
     # query heads that share a key-value head become more queries of it
-    everything = _Problems(
+    everything = Problems(
         queries.float().reshape(-1, head_dim), pair_ids, row_ids, num_used[row_ids]
     )
     scores, slots = torch.empty(num_problems, top_k), torch.empty(num_problems, top_k).long()
@@ -382,7 +249,7 @@ def codes_top_k(
         hopeless = []
         for start in range(0, num_problems, step):
             part = slice(start, start + step)
-            problems = _Problems(*(side[part] for side in everything))
+            problems = Problems(*(side[part] for side in everything))
             scores[part], slots[part], hopeless_P = _search_problems(
                 problems, keys, codes, top_k, bias, buffers
             )
