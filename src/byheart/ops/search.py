@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from byheart.ops import known, search_plan, search_triton
-from byheart.ops.search_head import search_head
+from byheart.ops.search_rows import search_rows
 from byheart.ops.search_select import (
     EXCLUDED,
     Buffers,
@@ -140,42 +140,6 @@ def _checked_bias(bias: Tensor | None, valid: Tensor) -> Tensor | None:
     return bias
 
 
-def _search_rows(
-    queries_BGQD: Tensor,
-    keys_BGND: Tensor,
-    valid_BN: Tensor,
-    bias_BN: Tensor | None,
-    top_k: int,
-    limits: tuple[int, torch.dtype | None],
-    buffers: Buffers,
-) -> Neighbours:
-    """Search row by row on the CPU, each over its valid entries only.
-
-    Returns:
-        Neighbours of the grouped queries.
-    """
-    shape = (*queries_BGQD.shape[:3], top_k)
-    scores = torch.full(shape, EXCLUDED)
-    slots = torch.zeros(shape, dtype=torch.int64)
-    is_valid = torch.zeros(shape, dtype=torch.bool)
-    for row, keys_GND in enumerate(keys_BGND):
-        present = valid_BN[row].nonzero().squeeze(1)
-        num_present = present.numel()
-        if num_present == 0:
-            continue
-        has_gaps = int(present[-1]) + 1 != num_present
-        bias_N = None if bias_BN is None else bias_BN[row].index_select(0, present)
-        kept = min(top_k, num_present)
-        is_valid[row, ..., :kept] = True
-        for group, keys_ND in enumerate(keys_GND):
-            candidates = keys_ND.index_select(0, present) if has_gaps else keys_ND[:num_present]
-            queries_QD = queries_BGQD[row, group]
-            found = search_head(queries_QD, candidates, bias_N, kept, *limits, buffers)
-            scores[row, group, :, :kept] = found[0]
-            slots[row, group, :, :kept] = present[found[1]] if has_gaps else found[1]
-    return Neighbours(scores, slots, is_valid)
-
-
 def _search_batch(
     queries_BGQD: Tensor,
     keys_BGND: Tensor,
@@ -246,7 +210,8 @@ def top_k_inner_product(
             may hold NaN.
         top_k: Number of neighbours, at most the number of slots.
         bias: Added to the scores of each entry before the largest are chosen; finite where `valid`.
-        max_bytes: Bytes of scores held at a time; by default 16 MiB on CPU and 512 MiB on CUDA.
+        max_bytes: Bytes of scores that a thread holds at a time; 16 MiB by default, and 512 MiB
+            on CUDA.
         scan_dtype: `torch.bfloat16` or `torch.float32` for the first pass on a CPU; by default the
             faster of the two for the size and the processor. On CUDA, `torch.float32` asks for a
             product without the kernels. The result is the same.
@@ -290,7 +255,7 @@ def _search(
     bias = _checked_bias(bias, valid)
     shape = (*queries.shape[:3], top_k)
     device = queries.device
-    with torch.autocast(device.type, enabled=False), buffers_on(device) as buffers:
+    with torch.autocast(device.type, enabled=False):
         # query heads that share a key-value head become more queries of it
         repeats = shape[1] // keys.shape[1]
         queries_BGQD = queries.reshape(shape[0], keys.shape[1], repeats * shape[2], keys.shape[3])
@@ -305,10 +270,11 @@ def _search(
             found = search_triton.search(queries_BGQD, keys, valid, bias, top_k, max_bytes, plan)
         elif fits or not queries.is_cpu:
             wide = queries_BGQD.float()
-            found = _search_batch(wide, keys, valid, bias, top_k, max_bytes, buffers)
+            with buffers_on(device) as buffers:
+                found = _search_batch(wide, keys, valid, bias, top_k, max_bytes, buffers)
         else:
-            wide, limits = queries_BGQD.float(), (max_bytes, scan_dtype)
-            found = _search_rows(wide, keys, valid, bias, top_k, limits, buffers)
+            wide = queries_BGQD.float()
+            found = search_rows(wide, keys, valid, bias, top_k, max_bytes, scan_dtype)
     return found[0].view(shape), found[1].view(shape), found[2].view(shape)
 
 

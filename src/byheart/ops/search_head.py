@@ -17,7 +17,7 @@ from byheart.ops.search_select import GROUP, Buffers, product_top_k, sort_packed
 _SCAN_MIN_ENTRIES = 8192
 _SCAN_MIN_QUERIES = 128
 # below these, the product in which neighbours are queries first is as fast (AVX2, 2 cores)
-_CUT_MIN_ENTRIES = 16384
+_CUT_MIN_ENTRIES = 8192
 _CUT_MIN_QUERIES = 4
 # a block of queries reads the keys of a slab; with fewer at once that takes longer than the product
 _BLOCK_QUERIES = 64
