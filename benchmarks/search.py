@@ -3,7 +3,8 @@
     python -m benchmarks.search --out benchmarks/results/search.json [--quick]
 
 The floor is the product alone: every inner product computed into one reused buffer, nothing
-selected; in bfloat16 only where a processor has it. Contenders take turns, so ratios come from one run; each result is checked against
+selected; in float32 with queries or keys first, whichever is faster, and in bfloat16 only where a
+processor has it. Contenders take turns, so ratios come from one run; each result is checked against
 `torch.matmul` + `topk`, score by score. The largest memories have one row, and of the heads two at
 1,048,576 entries, so that keys and scores fit into main memory. faiss' approximate indexes are
 built for one row and two heads of random keys and of clusters, with the time to build them and the
