@@ -9,7 +9,7 @@ from byheart.ops import reference_search, search_cpu, search_float32, search_hea
 from byheart.ops.search import Neighbours, check_shapes, check_top_k, recall, top_k_inner_product
 from byheart.ops.search_cpu import scan_top_k
 from byheart.ops.search_float32 import float32_top_k
-from byheart.ops.search_groups import num_buckets
+from byheart.ops.search_groups import num_buckets, plan_scan
 from byheart.ops.search_select import (
     EXCLUDED,
     GROUP,
@@ -222,6 +222,26 @@ def test_a_score_that_is_not_a_number_makes_no_cut():
     expected, columns = largest(queries @ keys.t(), 3, buffers)
     assert_scores_close(found, expected)
     assert torch.equal(slots, columns)
+
+
+def test_padding_is_never_found_among_scores_that_overflow():
+    # one query of 64, so that the block is not crowded, has fewer than top_k finite scores
+    keys, queries = torch.randn(8195, 2), torch.rand(64, 2) + 0.1
+    keys[10:, 0] = -3e38
+    queries[:, 0] = torch.eye(64)[0] * 2
+    found, slots = float32_top_k(queries, keys, None, 32, 2**25, Buffers(keys.device))
+    assert (slots < 8195).all()
+    assert (slots[0].sort().values.diff() > 0).all()
+    assert torch.equal(found, (queries @ keys.t()).topk(32).values)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 32])
+@pytest.mark.parametrize("entries", [8 * 256, 2100, 8195, 65_536, 65_600, 100_000, 2**20])
+def test_scans_are_hardly_wider_than_their_entries(entries, top_k):
+    plan = plan_scan(entries, top_k, 8)
+    assert entries <= plan.width <= 1.07 * entries
+    assert plan.repeats * plan.buckets <= entries
+    assert plan.buckets >= num_buckets(top_k)
 
 
 def test_only_queries_with_many_equal_scores_are_searched_by_themselves(monkeypatch):

@@ -290,6 +290,12 @@ def test_ordinary_keys_need_no_product(monkeypatch):
     assert not products
 
 
+def test_no_queries_find_nothing():
+    keys = keys_of_kind("unit")
+    found = codes_top_k(torch.randn(BATCH, HEADS, 0, HEAD_DIM), keys, encoded(keys), USED, TOP_K)
+    assert found.scores.shape == found.slots.shape == found.valid.shape == (BATCH, HEADS, 0, TOP_K)
+
+
 def test_scores_that_the_product_rounds_alike_are_told_apart(monkeypatch):
     monkeypatch.setattr(search_codes, "_MAX_SURVIVORS", 10**6)
     # codes and queries are exact; what is left is the rounding of their products, by up to 512,

@@ -1,8 +1,11 @@
 """Heads that are searched side by side give what they give one after the other."""
 
+import gc
+import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -17,7 +20,9 @@ BATCH, HEADS, KV_HEADS, QUERIES, ENTRIES, HEAD_DIM, TOP_K = 3, 10, 5, 7, 1013, 1
 def _four_cores():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
+    search_rows._threads.cache_clear()
     yield
+    search_rows._threads.cache_clear()
     torch.set_num_threads(before)
 
 
@@ -68,8 +73,26 @@ def test_cores_that_are_left_are_shared(names, monkeypatch):
     assert {cores for _, cores in names} == {2}
 
 
+def test_few_heads_have_all_cores_one_after_the_other(names):
+    queries, keys = torch.randn(1, 2, 3, HEAD_DIM), torch.randn(1, 2, 101, HEAD_DIM)
+    top_k_inner_product(queries, keys, torch.ones(1, 101, dtype=torch.bool), 3, max_bytes=1)
+    assert names == [(threading.current_thread().name, 4)] * 2
+
+
+def test_threads_for_numbers_of_cores_that_are_no_longer_used_end():
+    for cores in (4, 3, 2, 4, 2):
+        torch.set_num_threads(cores)
+        search()
+    gc.collect()
+    for _ in range(1000):
+        names = [thread.name for thread in threading.enumerate()]
+        if sum(name.startswith("byheart-search") for name in names) == 2:
+            return
+        time.sleep(0.01)
+    raise AssertionError(names)
+
+
 def test_threads_that_begin_later_have_all_cores():
-    search_rows._threads.cache_clear()
     search()
     cores = []
     later = threading.Thread(target=lambda: cores.append(torch.get_num_threads()))
@@ -117,7 +140,32 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
+LATE = """
+import threading, torch
+from byheart.ops.search import top_k_inner_product
+
+torch.set_num_threads(2)
+queries, keys = torch.randn(1, 2, 3, 5), torch.randn(1, 2, 101, 5)
+
+def search():
+    valid = torch.ones(1, 101, dtype=torch.bool)
+    return top_k_inner_product(queries, keys, valid, 3, max_bytes=1).scores
+
+def late(expected):
+    threading.main_thread().join()
+    print(torch.equal(search(), expected))
+
+threading.Thread(target=late, args=(search(),)).start()
+"""
+
+
+def test_a_thread_can_search_after_the_main_thread_has_ended():
+    command = [sys.executable, "-W", "ignore", "-c", LATE]
+    ended = subprocess.run(command, timeout=120, check=True, capture_output=True, text=True)
+    assert ended.stdout == "True\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_starts_threads_of_its_own():
     command = [sys.executable, "-W", "ignore", "-c", FORK]
     assert subprocess.run(command, timeout=120, check=False).returncode == 0

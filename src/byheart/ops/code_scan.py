@@ -257,7 +257,9 @@ class CodeScan:
         return lower_PB.topk(top_k, dim=1, sorted=False).values.amin(1)
 
     def reached(self, cut_P: Float[Tensor, " problem"]) -> Int[Tensor, " hit"]:
-        """List the scored blocks that may hold an entry which reaches a score.
+        """List the blocks that may hold an entry which reaches a score.
+
+        Of those that were not scored, these are blocks with an infinite bound, if any.
 
         Args:
             cut_P: The score.

@@ -106,7 +106,7 @@ def _scan_what_matters(
     left_P = _estimate(scan, hits, cut_P)
     if num_slabs > _FIRST_SLABS:
         wanted_PS = used_PS & ~first_PS & ~(most_PS < cut_P[:, None])
-        share_P = left_P / (scan.num_scored.clamp_(min=1) * BLOCK)
+        share_P = left_P / (scan.num_scored.clamp(min=1) * BLOCK)
         hopeless_P = share_P * scan.num_entries(wanted_PS) > _EARLY * limit_P
         scan.run(wanted_PS & ~hopeless_P[:, None])
         cut_P = scan.cut(top_k)
@@ -237,6 +237,9 @@ def codes_top_k(
     batch, heads, num_queries, head_dim = queries.shape
     shape = (batch, heads, num_queries, top_k)
     num_problems = batch * heads * num_queries
+    if num_problems == 0:
+        nothing = torch.empty(shape)
+        return Neighbours(nothing, nothing.long(), nothing.bool())
     pair_ids = torch.arange(num_problems) // (num_problems // (batch * keys.shape[1]))
     row_ids = pair_ids // keys.shape[1]
     # query heads that share a key-value head become more queries of it

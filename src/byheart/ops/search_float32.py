@@ -77,13 +77,16 @@ def _scores(
 
 
 def _cut(coarsest_GQ: Tensor, plan: ScanPlan, top_k: int, buffers: Buffers) -> Tensor:
-    """Return a score per query that at least `top_k` entries reach; NaN if a score is NaN."""
+    """Return a score per query that at least `top_k` entries reach; NaN where none is known."""
     num_queries = coarsest_GQ.shape[1]
     maxima_BQ = coarsest_GQ.view(plan.repeats, plan.buckets, num_queries).amax(0)
     maxima_QB = buffers.take("float32.maxima", (num_queries, plan.buckets), torch.float32)
     # to sort these short rows takes no longer than to partition them; NaN comes last
     maxima_QB.copy_(maxima_BQ.t()).numpy().sort(axis=1)
-    return torch.where(maxima_QB[:, -1].isnan(), torch.nan, maxima_QB[:, -top_k])
+    cut_Q = maxima_QB[:, -top_k]
+    # padding reaches minus infinity
+    unknown_Q = maxima_QB[:, -1].isnan().logical_or_(cut_Q == -torch.inf)
+    return cut_Q.masked_fill(unknown_Q, torch.nan)
 
 
 def _survivors(levels: list[Tensor], cut_Q: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:

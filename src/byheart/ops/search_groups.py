@@ -59,9 +59,16 @@ def plan_scan(num_entries: int, top_k: int, multiple: int) -> ScanPlan:
         and num_entries // GROUP ** (levels + 1) >= least
     ):
         levels += 1
-    repeats = max(1, num_entries // (GROUP**levels * least))
-    buckets = -(-num_entries // (GROUP**levels * repeats))
-    return ScanPlan(levels, repeats, -(-buckets // multiple) * multiple)
+    columns = -(-num_entries // GROUP**levels)
+    repeats = max(1, columns // least)
+    wide = ScanPlan(levels, repeats, _round_up(-(-columns // repeats), multiple))
+    buckets = _round_up(least, multiple)
+    narrow = ScanPlan(levels, -(-columns // buckets), buckets)
+    return min(wide, narrow, key=lambda plan: plan.width)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def drop_crowded(

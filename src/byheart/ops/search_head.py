@@ -21,6 +21,8 @@ _CUT_MIN_ENTRIES = 8192
 _CUT_MIN_QUERIES = 4
 # a block of queries reads the keys of a slab; with fewer at once that takes longer than the product
 _BLOCK_QUERIES = 64
+# a slab is no longer for fewer queries than these: its keys may have to be copied in float32
+_FEWEST_QUERIES = 16
 
 
 def _uses_scan(
@@ -94,8 +96,10 @@ def search_head(
     """
     num_queries, num_entries = queries_QD.shape[0], keys_ND.shape[0]
     limits = (top_k, max_bytes, scan_dtype, buffers)
-    fitting = max_bytes // (SCORE_BYTES * min(max(1, num_queries), _BLOCK_QUERIES))
-    num_slabs = num_entries // max(fitting, GROUP * num_buckets(top_k))
+    together = max(_FEWEST_QUERIES, min(num_queries, _BLOCK_QUERIES))
+    least = GROUP * num_buckets(top_k)
+    fitting = max(max_bytes // (SCORE_BYTES * together), least)
+    num_slabs = min(round(num_entries / fitting), num_entries // least)
     in_slabs = _uses_scan(num_queries, num_entries, top_k, scan_dtype) or _uses_cut(
         num_queries, num_entries, top_k
     )

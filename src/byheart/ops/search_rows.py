@@ -9,8 +9,9 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import NamedTuple
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,7 +23,8 @@ from byheart.ops.search_select import EXCLUDED, buffers_on
 # each has scores of its own, which are to stay in the cache
 _MOST_THREADS = 8
 
-_starting = threading.Lock()
+# seconds after which threads that did not start are done without
+_PATIENCE = 30.0
 
 
 class _Head(NamedTuple):
@@ -37,26 +39,28 @@ class _Head(NamedTuple):
     bias: Float[Tensor, " entry"] | None
 
 
-@cache
-def _threads(num_threads: int, num_cores: int, process_id: int) -> ThreadPoolExecutor:
-    """Start threads whose operations use so many cores each. A forked process has its own.
+@lru_cache(maxsize=1)
+def _threads(num_cores: int, process_id: int) -> ThreadPoolExecutor:
+    """Start threads that share some cores. A forked process has its own.
 
     Returns:
-        The threads, which stay.
+        The threads, which stay until as many cores are no longer used.
     """
     del process_id
-    cores, started = torch.get_num_threads(), threading.Barrier(num_threads)
+    num_threads = min(num_cores, _MOST_THREADS)
+    all_here = threading.Barrier(num_threads, timeout=_PATIENCE)
 
     def start() -> None:
-        # holds for the thread that calls it, and for those that ask later for the first time
-        torch.set_num_threads(num_cores)
-        assert torch.get_num_threads() == num_cores
-        started.wait()
+        # holds for the thread that calls it, and for those that have not asked when it is called
+        torch.set_num_threads(num_cores // num_threads)
+        torch.get_num_threads()
 
     pool = ThreadPoolExecutor(num_threads, "byheart-search", initializer=start)
-    for waiting in [pool.submit(started.wait) for _ in range(num_threads)]:
-        waiting.result()
-    torch.set_num_threads(cores)
+    try:
+        for waiting in [pool.submit(all_here.wait) for _ in range(num_threads)]:
+            waiting.result()
+    finally:
+        torch.set_num_threads(num_cores)
     return pool
 
 
@@ -83,6 +87,16 @@ def _heads(
         for group, (queries_QD, keys_ND) in enumerate(zip(queries_GQD, keys_GND, strict=True)):
             if len(present) > 0:
                 yield _Head((row, group), queries_QD, keys_ND, present, bias)
+
+
+def _side_by_side(heads: list[_Head], *arguments: list[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    num_cores = torch.get_num_threads()
+    # few heads leave cores idle, unless each has all of them
+    if 2 * len(heads) > min(num_cores, _MOST_THREADS) > 1:
+        # no thread starts once the main thread has ended
+        with suppress(RuntimeError):
+            return _threads(num_cores, os.getpid()).map(_search, heads, *arguments)
+    return map(_search, heads, *arguments)
 
 
 def search_rows(
@@ -118,16 +132,8 @@ def search_rows(
     is_valid = torch.zeros(shape, dtype=torch.bool)
     heads = list(_heads(queries_BGQD, keys_BGND, valid_BN, bias_BN))
     counts = [min(top_k, len(head.present)) for head in heads]
-    num_cores = torch.get_num_threads()
-    num_threads = min(num_cores, len(heads), _MOST_THREADS)
     arguments = (heads, counts, [max_bytes] * len(heads), [scan_dtype] * len(heads))
-    if num_threads > 1:
-        with _starting:
-            threads = _threads(num_threads, num_cores // num_threads, os.getpid())
-        found = threads.map(_search, *arguments)
-    else:
-        found = map(_search, *arguments)
-    for head, count, (best, where) in zip(heads, counts, found, strict=True):
+    for head, count, (best, where) in zip(heads, counts, _side_by_side(*arguments), strict=True):
         scores[head.place][:, :count], slots[head.place][:, :count] = best, where
         is_valid[head.place][:, :count] = True
     return scores, slots, is_valid
