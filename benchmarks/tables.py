@@ -13,6 +13,7 @@ from benchmarks.tables_gpu import (
     step_gpu_section,
 )
 from benchmarks.tables_rmt_gpu import recurrent_gpu_section
+from benchmarks.tables_targets import targets_section
 from benchmarks.tables_tasks import (
     flops_section,
     generalization_section,
@@ -30,8 +31,8 @@ What `corpora/` in a command holds: [corpora](corpora/README.md).
 """
 
 
-def step_section() -> str | None:
-    result = read("step.json")
+def step_section(name: str, on: str = "") -> str | None:
+    result = read(name)
     if result is None:
         return None
     rows = [
@@ -46,24 +47,29 @@ def step_section() -> str | None:
         if isinstance(row, dict)
     ]
     share = result["results"].get("added_by_us_over_added_by_peer")
+    peer = (
+        " The peer searches approximately (HNSW) with one key-value head for all query heads, so "
+        "it keeps and searches an eighth of the entries."
+    )
     header = ["step", "seconds (median)", "ratio", "added by memory (s)", "peak memory (MiB)"]
     return "\n\n".join(
         [
-            "## What a kNN memory adds to a training step",
+            f"## What a kNN memory adds to a training step{on}",
             "6 layers, width 512, 8 heads of 64, 4 rows of 512 tokens, one memory layer, "
-            "exact top-32, memory full. The peer searches approximately (HNSW) with one key-value "
-            "head for all query heads, so it keeps and searches an eighth of the entries.",
+            f"exact top-32, memory full.{peer if share is not None else ''}",
             table(header, rows),
             f"At 8,192 entries byheart adds {share:.2f} of what the peer adds. The paper: x 1.25 "
-            "at 8K and x 3.0 at 65K on a TPU v3.",
+            "at 8K and x 3.0 at 65K on a TPU v3."
+            if share is not None
+            else "",
             result.get("note", ""),
             machine_line(result["machine"]),
         ]
     )
 
 
-def search_section() -> str | None:
-    result = read("search.json")
+def search_section(name: str, on: str = "") -> str | None:
+    result = read(name)
     if result is None:
         return None
     names = list(result["cases"][0]["contenders"])
@@ -88,7 +94,7 @@ def search_section() -> str | None:
     note = result["machine"]["command"]
     return "\n\n".join(
         [
-            "## Exact search against the bare matrix product",
+            f"## Exact search against the bare matrix product{on}",
             f"Seconds for 4 rows, {shape['heads']} heads, {shape['queries']} queries of "
             f"{shape['head_dim']} numbers, top-{shape['top_k']}{''.join(smaller)}. "
             "The products are the floor: all inner products into one buffer, nothing selected. "
@@ -356,18 +362,25 @@ def gates_section() -> str | None:
     )
 
 
+AVX2 = ", on a CPU with AVX2 alone"
+
+
 def render() -> str:
     sections = [
-        step_section(),
+        targets_section(),
+        step_section("step.json"),
+        step_section("step-avx2.json", AVX2),
         step_gpu_section(),
         attach_section(),
         finetune_section(),
         gates_section(),
         decode_section("decode.json"),
+        decode_section("decode-avx2.json", AVX2),
         decode_section("decode-batch.json"),
         decode_section("decode-184m.json"),
         read_section(),
-        search_section(),
+        search_section("search.json"),
+        search_section("search-avx2.json", AVX2),
         kernels_section(),
         plans_section(),
         crossover_section("crossover.json"),

@@ -5,7 +5,7 @@ from typing import Any
 from benchmarks.table import machine_line, read, table
 
 
-def decode_section(name: str) -> str | None:
+def decode_section(name: str, on: str = "") -> str | None:
     result = read(name)
     if result is None:
         return None
@@ -31,7 +31,7 @@ def decode_section(name: str) -> str | None:
     header = ["decoding with", "tokens/s", "ms per step", "x no memory", "floor (ms)", "x floor"]
     return "\n\n".join(
         [
-            f"## Decoding with a full memory, batch {shape['batch']}",
+            f"## Decoding with a full memory, batch {shape['batch']}{on}",
             f'Preset "{shape["preset"]}", XL cache 512, one memory layer, exact '
             f"top-{shape['top_k']}, keys of random directions. The floor is the time to read "
             "weights, XL caches, and the keys of all heads in the form in which they are read "

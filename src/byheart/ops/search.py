@@ -199,8 +199,9 @@ def top_k_inner_product(
     On a CPU that has bfloat16 products, large searches discard most keys by one, whose error is
     bounded, score the rest in float32 and prove the result for each query; what cannot be proven,
     and what other CPUs search, is selected from float32 scores (`byheart.ops.search_head`). Heads
-    are searched side by side (`byheart.ops.search_rows`). On CUDA nothing waits for the device, and large searches
-    keep group maxima instead of scores where Triton works (`byheart.ops.search_triton`).
+    are searched side by side (`byheart.ops.search_rows`). On CUDA nothing waits for the device, and
+    large searches keep group maxima instead of scores where Triton works
+    (`byheart.ops.search_triton`).
 
     Args:
         queries: One query per token of the segment.
