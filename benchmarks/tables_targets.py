@@ -86,8 +86,8 @@ SEARCH_GAPS = {
 STEP_GAPS = {
     "AVX-512": "at 262,144 entries all of the 4.7 s added are the search of 4 rows, 0.9 times the "
     "float32 product",
-    "AVX2": "all of it is the search, at 65,536 entries 1.8 times the float32 product; 262,144 "
-    "entries were not measured on a quiet machine",
+    "AVX2": "all of it is the search, 1.6 to 2.1 times the float32 product; a run of seven rounds "
+    "on a faster hour of the machine (step without memory 2.93 s) had 1.11 and 1.70",
 }
 DECODE_GAPS = {
     "AVX-512": "the rest is mostly fixed work (calls, maxima, bounds), which has been cut since: "
