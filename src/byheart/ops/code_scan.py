@@ -234,7 +234,8 @@ class CodeScan:
         slots = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
         place = (problems, blocks)
         scores_QBS = self._scores_PBS[place]
-        scores_QN = scores_QBS.flatten(1)
+        # a view, never a copy: what is written to it must stay
+        scores_QN = scores_QBS.view(len(scores_QBS), -1)
         multiply_codes(self._codes_PW[problems], self._keys_RNW[pair, slots], scores_QN)
         if used < slots.stop:
             # what these slots held before must not stand for the block

@@ -53,10 +53,9 @@ def code_product() -> CodeProduct | None:
     """Choose how codes are multiplied.
 
     Where a processor lacks the instruction for 8-bit products, the operator for them adds one
-    number at a time; the one that multiplies bfloat16 numbers with 8-bit weights reads keys about
-    as fast as they come from memory, on x86. Neither is part of PyTorch's public interface, and a
-    library may be told not to use an instruction that is there: so products whose results are known
-    have the last word.
+    number at a time. The one that multiplies bfloat16 numbers with 8-bit weights is vectorised on
+    x86. Neither is part of PyTorch's public interface, and a library may be told not to use an
+    instruction that is there: so products whose results are known have the last word.
 
     Returns:
         The faster of those that are right; `None` if there is none, and on processors for which it
